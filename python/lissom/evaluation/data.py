@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to windows of tokens, for calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Source = str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration tokens and where they come from.
+
+    Attributes:
+        tokens: LongTensor [S, T].
+        mask: [S, T], non-zero where a token is real; None without padding.
+        source_sha256: digest of the file, of the texts or of the tokens.
+        seed: of the draw from text; None for ready-made tokens.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    source_sha256: str
+    seed: int | None
+
+    def provenance(self) -> dict[str, Any]:
+        """What a model's config keeps about its calibration."""
+        samples, seq_len = self.tokens.shape
+        return {
+            "source_sha256": self.source_sha256,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": self.seed,
+        }
+
+
+def calibration_windows(
+    data: Source,
+    tokenizer: Any = None,
+    *,
+    samples: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    field: str = "text",
+) -> torch.Tensor:
+    """Windows of tokens drawn at random from a text.
+
+    The text is cut into windows at a random offset and `samples` of them are drawn without repetition; only a
+    text that is too short for that is sampled at random starts, where windows overlap. The first token of a
+    window is replaced by the beginning-of-text token when the tokenizer puts one in front of every text
+    (Gemma, Llama).
+
+    Args:
+        data: path to .txt (one text) or .jsonl (one text per line), list of texts, or LongTensor [S, T] as it
+            is.
+        tokenizer: the model's tokenizer; not needed for tokens.
+        samples: windows, S.
+        seq_len: tokens per window, T.
+        seed: of the draw.
+        field: key of the text in .jsonl lines.
+
+    Returns:
+        LongTensor [S, T].
+
+    Raises:
+        ValueError: unreadable or too short a text, a missing tokenizer, tokens of another shape.
+    """
+    return read_calibration(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed, field=field).tokens
+
+
+def read_calibration(
+    data: Source,
+    tokenizer: Any = None,
+    *,
+    samples: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    field: str = "text",
+) -> Calibration:
+    """As `calibration_windows`, with padding mask and provenance; also takes a mapping with `input_ids`.
+
+    Args:
+        data: as for `calibration_windows`, or a mapping with `input_ids` and perhaps `attention_mask`, both
+            [S, T].
+        tokenizer, samples, seq_len, seed, field: as for `calibration_windows`.
+
+    Returns:
+        Tokens, mask and provenance.
+
+    Raises:
+        ValueError: as for `calibration_windows`.
+    """
+    if isinstance(data, torch.Tensor):
+        data = {"input_ids": data}
+    if isinstance(data, Mapping):
+        tokens, mask = data["input_ids"], data.get("attention_mask")
+        _check_tokens(tokens, mask)
+        digest = hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()
+        return Calibration(tokens, None if mask is None or bool(mask.all()) else mask, digest, None)
+    if samples < 1 or seq_len < 2:
+        raise ValueError(f"calibration needs samples >= 1 and seq_len >= 2, got {samples} and {seq_len}")
+    if tokenizer is None:
+        raise ValueError("calibration text needs the model's tokenizer; pass tokenizer=")
+    texts, digest = read_texts(data, field=field)
+    stream = tokenize(texts, tokenizer)
+    windows = _draw(stream, samples, seq_len, seed)
+    start = leading_token(tokenizer)
+    if start is not None:
+        windows[:, 0] = start
+    return Calibration(windows, None, digest, seed)
+
+
+def read_texts(data: str | PathLike[str] | Sequence[str], *, field: str = "text") -> tuple[list[str], str]:
+    """The texts of a file or a list, and their sha256.
+
+    Args:
+        data: path to .txt or .jsonl, or list of texts.
+        field: key of the text in .jsonl lines.
+
+    Returns:
+        Texts and digest.
+
+    Raises:
+        ValueError: an unknown kind of file, a line without the field, or no text at all.
+        FileNotFoundError: the file does not exist.
+    """
+    if not isinstance(data, (str, PathLike)):
+        texts = list(data)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a list of texts must hold at least one text and nothing but text")
+        return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    path = Path(fspath(data))
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: calibration text must be a .txt or .jsonl file (or pass a list of texts)")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if path.suffix == ".txt":
+        texts = [content.decode("utf-8")]
+    else:
+        texts = [_field(line, field, f"{path}:{number}") for number, line in _lines(content.decode("utf-8"))]
+    if not any(texts):
+        raise ValueError(f"{path} holds no text")
+    return texts, digest
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """One stream of tokens; texts are joined by the end-of-text token where the tokenizer has one.
+
+    Args:
+        texts: one or more texts.
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        LongTensor [N].
+    """
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        if stream and end is not None:
+            stream.append(end)
+        # verbose=False: a stream longer than the model's context is what is wanted here, not a mistake.
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(stream, dtype=torch.long)
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The beginning-of-text token if the tokenizer puts it in front of every text, else None."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first[0] if first and first[0] == tokenizer.bos_token_id else None
+
+
+def _draw(stream: torch.Tensor, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    length = len(stream)
+    if length < seq_len:
+        raise ValueError(f"the calibration text has {length} tokens, fewer than one window of {seq_len}")
+    generator = torch.Generator().manual_seed(seed)
+    whole = length // seq_len
+    if whole >= samples:
+        offset = torch.randint(length - whole * seq_len + 1, (1,), generator=generator)
+        starts = offset + seq_len * torch.randperm(whole, generator=generator)[:samples]
+    else:
+        starts = torch.randint(length - seq_len + 1, (samples,), generator=generator)
+    return stream[starts[:, None] + torch.arange(seq_len)]
+
+
+def _check_tokens(tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+    if tokens.dim() != 2 or tokens.dtype != torch.long or tokens.numel() == 0:
+        raise ValueError(
+            f"calibration tokens must be a LongTensor [S, T], got {list(tokens.shape)} {tokens.dtype}"
+        )
+    if mask is not None and mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask must be {list(tokens.shape)} like input_ids, got {list(mask.shape)}"
+        )
+    if mask is not None and not mask.any():
+        raise ValueError("attention_mask leaves no calibration token: everything is padding")
+
+
+def _lines(content: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where} has no text under {field!r} (it has: {keys}); name the field")
+    return record[field]

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prunes a whole model block by block, each block on the outputs of the pruned blocks before it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..evaluation.data import Calibration, read_calibration
+from ..models.stream import BlockStream
+from ..models.walk import LinearRef, ModelMap, UnsupportedModelError, describe
+from .gram import Gram
+from .pattern import Pattern
+from .problem import Options
+from .report import BlockProgress, BlockReport, LayerReport, PruneReport
+from .selection import Selection, Step, select_linears
+from .solver import Pruned, find_method, prune_group
+from .state import PruneState, fingerprint
+
+_FEW_TOKENS_DAMP = 0.1  # with fewer than 2 C tokens the held-out error is lower than with 0.01
+
+
+def prune(model: nn.Module, **arguments: Any) -> nn.Module:
+    """Prune a model in place and return it; `model.config.lissom` then tells how it was made.
+
+    Args:
+        model: a transformers causal language model.
+        **arguments: as for `prune_model`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as for `prune_model`.
+
+    Example:
+        >>> model = prune(model, pattern="2:4", method="sparsegpt", data="text.txt", tokenizer=tok)  #
+        doctest: +SKIP
+    """
+    prune_model(model, **arguments)
+    return model
+
+
+def prune_model(
+    model: nn.Module,
+    *,
+    pattern: str | float | Pattern,
+    method: str,
+    data: str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    tokenizer: Any = None,
+    samples: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    damp: float | None = None,
+    blocksize: int = 128,
+    scope: str | None = None,
+    act_order: bool = False,
+    strict: bool = True,
+    batch: int = 8,
+    state_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    on_progress: Callable[[BlockProgress], None] | None = None,
+) -> PruneReport:
+    """Prune the linear layers of a model in place, one block at a time.
+
+    Embeddings, norms and the output layer stay as they are (the output layer is pruned when `include` names
+    it).
+
+    Args:
+        model: a transformers causal language model with dense floating-point weights, on one device.
+        pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned).
+        method: "magnitude", "wanda" or "sparsegpt".
+        data: calibration text: path to .txt or .jsonl, list of texts, LongTensor [S, T] of tokens, or a
+            mapping with `input_ids` and `attention_mask`. Magnitude needs none (then no error is reported).
+        tokenizer: the model's tokenizer, for text.
+        samples: windows drawn from text.
+        seq_len: tokens per window.
+        seed: of the draw.
+        include, exclude: module names or `re:<regex>`; exclude wins.
+        damp: share of the mean diagonal added to H; None: 0.01, or 0.1 for a layer with fewer than 2 C
+            tokens.
+        blocksize, scope, act_order: as for `prune_weight`.
+        strict: raise for a chosen layer that cannot be pruned instead of leaving it with a reason.
+        batch: sequences per forward pass.
+        state_dir: folder that keeps finished blocks.
+        resume: go on from `state_dir`; the weights come out bit-equal to those of an uninterrupted run.
+        on_progress: called after each block.
+
+    Returns:
+        What was pruned, what was left and why, errors and times.
+
+    Raises:
+        UnsupportedModelError: an unknown architecture, or packed, quantised or meta weights.
+        ValueError: arguments, data or weights that cannot be used; the sentence says which.
+    """
+    began = time.perf_counter()
+    pattern = Pattern.parse(pattern)
+    find_method(method)
+    options = Options(0.01 if damp is None else damp, blocksize, scope, act_order)
+    if resume and state_dir is None:
+        raise ValueError("resume=True needs state_dir, the folder of the run to go on with")
+    parts = describe(model)
+    selection = select_linears(parts, pattern, include=include, exclude=exclude, strict=strict)
+    _check_dense(model, selection)
+    calibration = None
+    if data is not None:
+        calibration = read_calibration(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    elif method != "magnitude":
+        raise ValueError(f"method {method!r} needs calibration data; got data=None")
+    plan = _Plan(model, parts, selection, pattern, method, options, damp is None, calibration, batch)
+    state = None if state_dir is None else PruneState(state_dir, plan.fingerprint(), resume=resume)
+    with _evaluating(model), torch.no_grad():
+        layers, blocks = _run(plan, state, on_progress)
+    report = PruneReport(
+        method=method,
+        pattern=str(pattern),
+        layers=layers,
+        left=selection.left,
+        blocks=blocks,
+        touched_parameters=selection.touched_parameters,
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        calibration=calibration.provenance() if calibration else {},
+        seconds=time.perf_counter() - began,
+    )
+    model.config.lissom = _provenance(report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that decides the result of a run."""
+
+    model: nn.Module
+    parts: ModelMap
+    selection: Selection
+    pattern: Pattern
+    method: str
+    options: Options
+    adapt_damp: bool
+    calibration: Calibration | None
+    batch: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a later run must repeat to go on with this one's state."""
+        arguments = {
+            "pattern": str(self.pattern),
+            "method": self.method,
+            **asdict(self.options),
+            "adapt_damp": self.adapt_damp,
+            "batch": self.batch,
+            "layers": [linear.name for linear in self.selection.linears()],
+        }
+        tokens, mask = (self.calibration.tokens, self.calibration.mask) if self.calibration else (None, None)
+        return fingerprint(self.model, tokens, mask, arguments)
+
+    def stream(self) -> BlockStream | None:
+        """The calibration tokens in front of the first block; None without calibration."""
+        if self.calibration is None:
+            return None
+        device = next(self.model.parameters()).device
+        mask = self.calibration.mask
+        tokens = self.calibration.tokens.to(device)
+        return BlockStream(
+            self.model, self.parts, tokens, None if mask is None else mask.to(device), batch=self.batch
+        )
+
+
+def _run(
+    plan: _Plan, state: PruneState | None, on_progress: Callable[[BlockProgress], None] | None
+) -> tuple[list[LayerReport], list[BlockReport]]:
+    steps = plan.selection.steps
+    done = [None if state is None else state.load(number) for number in range(len(steps))]
+    open_steps = [number for number, step in enumerate(steps) if step.linears and done[number] is None]
+    stream = plan.stream() if open_steps else None
+    layers: list[LayerReport] = []
+    blocks: list[BlockReport] = []
+    began = time.perf_counter()
+    for number, step in enumerate(steps):
+        clock = _Clock()
+        if done[number] is not None:
+            weights, reports = done[number]
+            _write(step.linears, weights)
+        else:
+            grams = _collect(plan, step, stream) if stream and step.linears else {}
+            clock.lap("collect")
+            reports, weights = _solve(plan, step, grams)
+            _write(step.linears, weights)
+            if state is not None:
+                state.save(number, weights, reports)
+        clock.lap("solve")
+        if stream is not None and any(later > number for later in open_steps):
+            stream.advance()
+        clock.lap("advance")
+        layers += reports
+        blocks.append(BlockReport(step.name, **clock.seconds))
+        if on_progress is not None:
+            elapsed = time.perf_counter() - began
+            remaining = elapsed / (number + 1) * (len(steps) - number - 1)
+            resumed = done[number] is not None
+            seconds = blocks[-1].seconds
+            on_progress(
+                BlockProgress(
+                    number + 1, len(steps), step.name, seconds, elapsed, remaining, resumed, reports
+                )
+            )
+    return layers, blocks
+
+
+def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
+    """Gram matrices of the inputs of a step's layers, by group."""
+    grams = {}
+    hooks = {}
+    for group, linears in step.groups().items():
+        device = linears[0].weight().device
+        grams[group] = Gram(linears[0].shape[1], group, device=device)
+        hooks[linears[0].module] = grams[group].add
+    if step.linears[0] is plan.parts.head:
+        tail = [plan.model.get_submodule(name) for name in plan.parts.tail]
+        (gram,) = grams.values()
+        for hidden, mask in stream.batches():
+            for module in tail:
+                hidden = module(hidden)
+            gram.add(hidden, mask)
+    else:
+        stream.observe(hooks)
+    return grams
+
+
+def _solve(
+    plan: _Plan, step: Step, grams: dict[str, Gram]
+) -> tuple[list[LayerReport], dict[str, torch.Tensor]]:
+    reports, weights = [], {}
+    for group, linears in step.groups().items():
+        began = time.perf_counter()
+        gram = grams.pop(group, None)
+        matrix, options, dead = None, plan.options, 0
+        if gram is not None:
+            dtype = torch.float64 if linears[0].weight().dtype == torch.float64 else torch.float32
+            matrix = gram.matrix(dtype)
+            dead = int((matrix.diagonal() == 0).sum())
+            options = _damped(plan, gram)
+        solved = prune_group(
+            [linear.weight() for linear in linears],
+            matrix,
+            pattern=plan.pattern,
+            method=plan.method,
+            options=options,
+            name=group,
+        )
+        seconds = time.perf_counter() - began
+        rows = sum(linear.shape[0] for linear in linears)
+        for linear, result in zip(linears, solved):
+            reports.append(_report(plan, linear, result, seconds * linear.shape[0] / rows, dead))
+            weights[linear.name] = result.weight
+    return reports, weights
+
+
+def _damped(plan: _Plan, gram: Gram) -> Options:
+    """The options with the damping that suits the number of tokens."""
+    columns = len(gram)
+    if plan.method != "sparsegpt" or gram.tokens >= 2 * columns:
+        return plan.options
+    few = f"{gram.name}: {gram.tokens} calibration tokens for {columns} inputs (fewer than 2 per input)"
+    if not plan.adapt_damp:
+        warnings.warn(f"{few}; more tokens or damp={_FEW_TOKENS_DAMP} would generalise better", stacklevel=2)
+        return plan.options
+    warnings.warn(f"{few}; damp raised to {_FEW_TOKENS_DAMP}", stacklevel=2)
+    return replace(plan.options, damp=_FEW_TOKENS_DAMP)
+
+
+def _report(plan: _Plan, linear: LinearRef, result: Pruned, seconds: float, dead: int) -> LayerReport:
+    sparsity = result.mask.sum().item() / result.mask.numel()
+    return LayerReport(
+        linear.name, linear.shape, str(plan.pattern), sparsity, result.relative_error, seconds, dead
+    )
+
+
+def _write(linears: Sequence[LinearRef], weights: Mapping[str, torch.Tensor]) -> None:
+    for linear in linears:
+        linear.weight().copy_(weights[linear.name])
+
+
+def _check_dense(model: nn.Module, selection: Selection) -> None:
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None:
+        raise UnsupportedModelError(
+            "the model is quantised or packed (config.quantization_config): prune the dense one"
+        )
+    for linear in selection.linears():
+        weight = linear.weight()
+        if weight.is_meta:
+            raise UnsupportedModelError(
+                f"{linear.name} is on the meta device and holds no values; load the model first"
+            )
+
+
+def _provenance(report: PruneReport) -> dict[str, Any]:
+    """What config.json keeps about the run."""
+    import lissom
+
+    return {
+        "version": lissom.__version__,
+        "pattern": report.pattern,
+        "method": report.method,
+        "sparsity": report.sparsity,
+        "calibration": report.calibration,
+        "layers": [layer.name for layer in report.layers],
+    }
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{name}_seconds"] = now - self._last
+        self._last = now
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and everything else of eval mode, each module's own mode restored at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer-wise pruning problem, as every method receives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about a method.
+
+    Attributes:
+        damp: share of the mean diagonal that is added to the Gram matrix.
+        blocksize: columns between two lazy updates, and the width of scope "block".
+        scope: where an unstructured pattern compares weights: "row", "block" or "layer"; None is the method's
+            own.
+        act_order: prune columns in descending order of diag(H) (unstructured patterns only).
+    """
+
+    damp: float = 0.01
+    blocksize: int = 128
+    scope: str | None = None
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp <= 1:
+            raise ValueError(f"damp must lie in [0, 1], got {self.damp!r}; 0.01 is usual")
+        if self.blocksize < 1:
+            raise ValueError(f"blocksize must be at least 1, got {self.blocksize!r}; 128 is usual")
+        if self.scope not in (None, "row", "block", "layer"):
+            raise ValueError(f"scope must be 'row', 'block' or 'layer', got {self.scope!r}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights that read one input, stacked by rows, with the Gram matrix of that input.
+
+    Attributes:
+        weight: [R, C] in the precision of the solve.
+        gram: [C, C], undamped; None for methods that need none.
+        pattern: what to prune.
+        rows: rows of each stacked layer; they sum to R.
+        options: the user's choices.
+        name: for warnings.
+    """
+
+    weight: torch.Tensor
+    gram: torch.Tensor | None
+    pattern: Pattern
+    rows: tuple[int, ...]
+    options: Options
+    name: str
+
+
+class Solution(NamedTuple):
+    """The pruned weight [R, C] and the mask [R, C], True where a weight was pruned."""
+
+    weight: torch.Tensor
+    pruned: torch.Tensor

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished blocks on disk, so that a run killed at any block goes on to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .report import LayerReport
+
+_FORMAT = 1
+
+
+class PruneState:
+    """A folder with one safetensors file for each finished block and one JSON file that says whose they are.
+
+    Every file is written under a temporary name and renamed, so a file that is there is complete. Nothing is
+    trusted by its name alone: the JSON holds digests of the model's weights, of the calibration tokens and of
+        all
+    arguments, and a run with others is refused.
+
+    Args:
+        folder: where the state lives; made when absent.
+        fingerprint: digests and arguments of this run, as `fingerprint` makes them.
+        resume: go on from what is there; otherwise the folder must hold no state.
+
+    Raises:
+        FileExistsError: the folder holds a state and `resume` is False.
+        ValueError: the state belongs to another model, other data or other arguments.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        head = self.folder / "prune.json"
+        if head.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.folder} holds the state of an earlier run: resume=True goes on with it; or remove it"
+                )
+            self._check(json.loads(head.read_text(encoding="utf-8")), fingerprint)
+        else:
+            text = json.dumps({"format": _FORMAT, **fingerprint}, indent=1)
+            _write_atomically(head, text.encode())
+
+    def load(self, block: int) -> tuple[dict[str, torch.Tensor], list[LayerReport]] | None:
+        """The pruned weights and reports of a block, or None when it is not finished.
+
+        Args:
+            block: index of the block.
+
+        Returns:
+            Weights [out, in] by layer name, and the layers' reports.
+        """
+        from safetensors import safe_open
+
+        path = self._path(block)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            reports = json.loads(file.metadata()["layers"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return weights, [LayerReport(**{**report, "shape": tuple(report["shape"])}) for report in reports]
+
+    def save(self, block: int, weights: Mapping[str, torch.Tensor], layers: list[LayerReport]) -> None:
+        """Keep a finished block.
+
+        Args:
+            block: index of the block.
+            weights: pruned weights [out, in] by layer name.
+            layers: the layers' reports.
+        """
+        from safetensors.torch import save
+
+        metadata = {"layers": json.dumps([asdict(layer) for layer in layers])}
+        tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
+        _write_atomically(self._path(block), save(tensors, metadata=metadata))
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        if found.get("format") != _FORMAT:
+            raise ValueError(
+                f"{self.folder} has state format {found.get('format')!r}, this version reads {_FORMAT}"
+            )
+        wanted = json.loads(json.dumps(wanted))
+        for part in ("model", "data", "arguments"):
+            if found.get(part) != wanted[part]:
+                difference = _difference(found.get(part), wanted[part])
+                raise ValueError(
+                    f"{self.folder} cannot be resumed: the {part} changed ({difference}); "
+                    "repeat the first run's call, or start in another folder"
+                )
+        if found.get("threads") != wanted["threads"]:
+            warnings.warn(
+                f"resuming with {wanted['threads']} threads what was begun with {found.get('threads')}: "
+                "the last bits of the remaining blocks may differ",
+                stacklevel=4,
+            )
+
+
+def fingerprint(
+    model: nn.Module, tokens: torch.Tensor | None, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped.
+
+    Args:
+        model: the unpruned model; all its parameters and buffers enter.
+        tokens: calibration tokens [S, T].
+        mask: their mask, or None.
+        arguments: everything else that decides the result, as plain values.
+
+    Returns:
+        Digests and arguments, ready for JSON.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(_bytes(tensor))
+    data = hashlib.sha256()
+    for tensor in (tokens, mask):
+        if tensor is not None:
+            data.update(f"{tuple(tensor.shape)}".encode())
+            data.update(_bytes(tensor))
+    return {
+        "model": weights.hexdigest(),
+        "data": data.hexdigest(),
+        "arguments": dict(arguments),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in wanted if found.get(key) != wanted[key]]
+        return ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in keys)
+    return f"digest was {str(found)[:12]}, is {str(wanted)[:12]}"
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
