@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector vocabulary of simd_portable.h on AVX2 + FMA + F16C: 16 lanes as two 256-bit halves.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/types.h"
+
+#define LISSOM_INLINE static inline __attribute__((always_inline))
+
+namespace lissom::simd_avx2 {
+
+struct vf {
+  __m256 lo, hi;
+};
+struct vu {
+  __m256i lo, hi;
+};
+
+LISSOM_INLINE vf vf_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+LISSOM_INLINE vf vf_set(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+LISSOM_INLINE vf vf_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LISSOM_INLINE void vf_store(float* p, vf v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+LISSOM_INLINE vf vf_add(vf a, vf b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_sub(vf a, vf b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_mul(vf a, vf b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_div(vf a, vf b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_fma(vf a, vf b, vf c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+LISSOM_INLINE vf vf_max(vf a, vf b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_min(vf a, vf b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+LISSOM_INLINE vu vu_load(const void* p) {
+  const __m256i* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+LISSOM_INLINE void vu_store(void* p, vu v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), v.lo);
+  _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, v.hi);
+}
+LISSOM_INLINE vu vu_set(uint32_t a) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int>(a));
+  return {v, v};
+}
+LISSOM_INLINE vu vu_shr(vu a, int n) {
+  const __m128i c = _mm_cvtsi32_si128(n);
+  return {_mm256_srl_epi32(a.lo, c), _mm256_srl_epi32(a.hi, c)};
+}
+LISSOM_INLINE vu vu_shl(vu a, int n) {
+  const __m128i c = _mm_cvtsi32_si128(n);
+  return {_mm256_sll_epi32(a.lo, c), _mm256_sll_epi32(a.hi, c)};
+}
+LISSOM_INLINE vu vu_and(vu a, vu b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+LISSOM_INLINE vu vu_or(vu a, vu b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+LISSOM_INLINE vu vu_add(vu a, vu b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+LISSOM_INLINE vf vf_bits(vu a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+LISSOM_INLINE vu vu_bits(vf a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+LISSOM_INLINE vu vu_field2(vu a, int shift) { return vu_shr(a, shift); }
+// vpermilps reads two index bits of each lane, so the table is repeated in both 128-bit halves and no mask is needed.
+LISSOM_INLINE vf vf_pick4(const float* table, vu index) {
+  const __m256 t = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table));
+  return {_mm256_permutevar_ps(t, index.lo), _mm256_permutevar_ps(t, index.hi)};
+}
+LISSOM_INLINE vu vu_pick4(const uint32_t* table, vu index) {
+  return vu_bits(vf_pick4(reinterpret_cast<const float*>(table), index));
+}
+LISSOM_INLINE vf vf_low_bf16(vu a) { return vf_bits(vu_shl(a, 16)); }
+LISSOM_INLINE vf vf_high_bf16(vu a) { return vf_bits(vu_and(a, vu_set(0xffff0000u))); }
+// Half-words at even places to f16, widened: pack the low halves of 8 lanes into 128 bits first.
+LISSOM_INLINE __m256 widen_low_f16(__m256i a) {
+  const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+LISSOM_INLINE vf vf_low_f16(vu a) { return {widen_low_f16(a.lo), widen_low_f16(a.hi)}; }
+LISSOM_INLINE vf vf_high_f16(vu a) { return vf_low_f16(vu_shr(a, 16)); }
+LISSOM_INLINE __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+LISSOM_INLINE vf vf_load_bf16(const uint16_t* p) {
+  return vf_bits(vu_shl({_mm256_cvtepu16_epi32(load_half(p)), _mm256_cvtepu16_epi32(load_half(p + 8))}, 16));
+}
+LISSOM_INLINE vf vf_load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(load_half(p)), _mm256_cvtph_ps(load_half(p + 8))};
+}
+LISSOM_INLINE __m128i narrow_bf16(__m256 v) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i h = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08));
+}
+LISSOM_INLINE void vf_store_bf16(uint16_t* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v.lo));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), narrow_bf16(v.hi));
+}
+LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+LISSOM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace lissom::simd_avx2

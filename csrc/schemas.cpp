@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator of the library. Kernels register from their own files; the torch twins from python/lissom/reference.
+#include <torch/library.h>
+
+TORCH_LIBRARY(lissom, m) {
+  // --- sparse24: y = act(x W^T + bias) + residual with W [N, K] 2:4 sparse along K ---
+  // Canonical form of a dense w; pattern "auto" wants w to be 2:4 already, "magnitude" keeps the two largest of a quad.
+  m.def("sparse24_compress(Tensor w, *, str pattern=\"auto\") -> (Tensor values, Tensor meta)");
+  // Dense [N, K] of a canonical form.
+  m.def("sparse24_decompress(Tensor values, Tensor meta, SymInt K) -> Tensor");
+  // int64 [3]: is w 2:4 (0/1), first bad row, first bad quad (-1 when none).
+  m.def("sparse24_check(Tensor w) -> Tensor");
+  // int64 [3]: is every nibble legal (0/1), first bad row, first bad quad.
+  m.def("sparse24_check_meta(Tensor meta, SymInt K) -> Tensor");
+  // Kernel layout of a target ("cpu-v1"), uint8 [bytes]; validates the metadata.
+  m.def("sparse24_pack(Tensor values, Tensor meta, str target=\"cpu-v1\") -> Tensor");
+  // Inverse of pack. dtype may be left out where the header can be read (not while tracing).
+  m.def("sparse24_unpack(Tensor packed, SymInt N, SymInt K, str target=\"cpu-v1\", *, ScalarType? dtype=None)"
+        " -> (Tensor values, Tensor meta)");
+  // The GEMM. x [..., K] -> y [..., N] in x's type, or float32 by out_dtype.
+  m.def("sparse24_linear(Tensor x, Tensor packed, SymInt N, SymInt K, Tensor? bias=None, str act=\"none\","
+        " Tensor? residual=None, *, ScalarType? out_dtype=None) -> Tensor");
+  // The same from the canonical form, for training: differentiable in values.
+  m.def("sparse24_linear_values(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor");
+  // dx [..., K] = dy [..., N] W: dense speed, blocks of W at a time.
+  m.def("sparse24_grad_input(Tensor dy, Tensor packed, SymInt N, SymInt K) -> Tensor");
+  // dvalues [N, K/2] = (dy^T x) at the kept positions, blocks of rows at a time.
+  m.def("sparse24_mask_mm(Tensor dy, Tensor x, Tensor meta) -> Tensor");
+}

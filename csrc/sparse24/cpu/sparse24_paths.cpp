@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which path runs: what the tier has, and what the core is good at. Compiled without ISA flags.
+#include "sparse24/sparse24.h"
+
+namespace lissom::sparse24 {
+
+namespace portable {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512x {
+extern const Path kDot;
+}
+namespace amx {
+extern const Path kTiles;
+}
+#endif
+
+const Kernels& kernels(CpuIsa isa) {
+#if defined(__x86_64__)
+  static const Kernels with_dot = {{avx512::kKernels.permuted[0], avx512::kKernels.permuted[1], avx512::kKernels.permuted[2]},
+                                   {avx512::kKernels.lanes[0], avx512::kKernels.lanes[1], avx512::kKernels.lanes[2]},
+                                   &avx512x::kDot,
+                                   nullptr};
+  static const Kernels with_tiles = {{with_dot.permuted[0], with_dot.permuted[1], with_dot.permuted[2]},
+                                     {with_dot.lanes[0], with_dot.lanes[1], with_dot.lanes[2]},
+                                     with_dot.dot,
+                                     &amx::kTiles};
+  switch (isa) {
+    case CpuIsa::portable: return portable::kKernels;
+    case CpuIsa::avx2: return avx2::kKernels;
+    case CpuIsa::avx512: return avx512::kKernels;
+    case CpuIsa::avx512x: return with_dot;
+    case CpuIsa::amx: return with_tiles;
+  }
+#endif
+  (void)isa;
+  return portable::kKernels;
+}
+
+const Path& choose_path(CpuIsa isa, DType dtype, int64_t m) {
+  const Kernels& all = kernels(isa);
+  const CorePlan& plan = core_plan();
+  const int t = static_cast<int>(dtype);
+  if (dtype == DType::bf16 && all.tiles) return *all.tiles;
+  if (dtype == DType::bf16 && all.dot && plan.bf16_dot) return *all.dot;
+  const int64_t from = dtype == DType::f32    ? plan.lanes_from_f32
+                       : dtype == DType::bf16 ? plan.lanes_from_bf16
+                                              : plan.lanes_from_f16;
+  return m >= from ? *all.lanes[t] : *all.permuted[t];
+}
+
+}  // namespace lissom::sparse24

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swaps the linears of a model for their sparse form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lissom import ops
+from lissom.models.names import matches
+from lissom.nn.sparse24_linear import Sparse24Linear
+from lissom.reference.sparse24 import DTYPES, packed_bytes
+
+
+@dataclass
+class SparsifyReport:
+    """What `sparsify` did: names of the swapped linears, (name, reason) of those it left, bytes before and after."""
+
+    touched: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+    def __str__(self) -> str:
+        if not self.touched:
+            return f"no linear was swapped; {len(self.left)} left"
+        ratio = self.dense_bytes / self.packed_bytes
+        return f"{len(self.touched)} linears swapped, {len(self.left)} left; their weights take {ratio:.2f}x fewer bytes"
+
+
+def _reason_to_leave(linear: nn.Linear, shared: bool) -> str | None:
+    if type(linear) is not nn.Linear:
+        return f"is a {type(linear).__name__}, not a plain nn.Linear"
+    if shared:
+        return "weight is shared with another module (tied)"
+    if linear.weight.is_meta:
+        return "weight has no data (meta device)"
+    if linear.weight.dtype not in DTYPES:
+        return f"dtype {linear.weight.dtype} has no kernel"
+    if linear.in_features % 4:
+        return f"in_features {linear.in_features} is not a multiple of 4"
+    ok, row, quad = ops.sparse24_check(linear.weight.detach())
+    return None if ok else f"not 2:4: row {row}, quad {quad} has more than two non-zeros"
+
+
+def sparsify(
+    model: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> SparsifyReport:
+    """Swaps every nn.Linear whose weight is 2:4 for a `Sparse24Linear`, in place, one at a time.
+
+    Args:
+        model: any module. include, exclude: module names, or "re:<regex>" matched against the whole name.
+
+    Returns:
+        What was touched, and what was left and why.
+
+    >>> layer = nn.Linear(32, 16); _ = layer.weight.data.view(-1, 4)[:, :2].zero_()
+    >>> print(sparsify(nn.Sequential(layer, nn.Linear(16, 3))))
+    1 linears swapped, 1 left; their weights take 1.78x fewer bytes
+    """
+    report = SparsifyReport()
+    uses: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or isinstance(module, Sparse24Linear) or not name:
+            continue
+        if (include is not None and not matches(name, include)) or (exclude and matches(name, exclude)):
+            report.left.append((name, "excluded"))
+            continue
+        reason = _reason_to_leave(module, uses[id(module.weight)] > 1)
+        if reason is not None:
+            report.left.append((name, reason))
+            continue
+        sparse = Sparse24Linear.from_linear(module)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, sparse)
+        report.touched.append(name)
+        report.dense_bytes += module.weight.numel() * module.weight.element_size()
+        report.packed_bytes += packed_bytes(module.out_features, module.in_features, module.weight.dtype)
+    return report

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators of `torch.ops.lissom`, typed and documented."""
+
+from lissom.ops.sparse24 import (
+    sparse24_check,
+    sparse24_check_meta,
+    sparse24_compress,
+    sparse24_decompress,
+    sparse24_grad_input,
+    sparse24_linear,
+    sparse24_linear_values,
+    sparse24_mask_mm,
+    sparse24_pack,
+    sparse24_unpack,
+    sparse24_validate_meta,
+)
+
+__all__ = [
+    "sparse24_check",
+    "sparse24_check_meta",
+    "sparse24_compress",
+    "sparse24_decompress",
+    "sparse24_grad_input",
+    "sparse24_linear",
+    "sparse24_linear_values",
+    "sparse24_mask_mm",
+    "sparse24_pack",
+    "sparse24_unpack",
+    "sparse24_validate_meta",
+]

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch twins of the sparse24 operators; the layout is drawn in csrc/sparse24/layout.h.
+
+Registered for every device that has no kernel of its own. Values are moved as they are, products accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+PANEL_ROWS, RECORD_COLUMNS, HEADER_BYTES, META_BYTES = 16, 32, 64, 64
+MAGIC = b"LISSOM24"
+
+# Which nibble stores a quad whose non-zero positions are the bits of the index (more than two: not 2:4).
+_NIBBLE_OF = (0xE, 0xC, 0xD, 0x4, 0xE, 0x8, 0x9, 0, 0xE, 0xC, 0xD, 0, 0xE, 0, 0, 0)
+
+
+def meta_columns(k: int) -> int:
+    """Bytes of metadata a row."""
+    return (k + 7) // 8
+
+
+def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+    """Size of the cpu-v1 form of W [n, k]."""
+    record = META_BYTES + PANEL_ROWS * RECORD_COLUMNS // 2 * dtype.itemsize
+    return HEADER_BYTES + -(-n // PANEL_ROWS) * -(-k // RECORD_COLUMNS) * record
+
+
+def _check_dense(op: str, w: Tensor) -> None:
+    if w.dtype not in DTYPES:
+        raise TypeError(f"lissom::{op}: w must be float32, bfloat16 or float16; got {w.dtype}")
+    if w.dim() != 2 or w.shape[1] % 4:
+        raise ValueError(f"lissom::{op}: w must be [N, K] with K a multiple of 4; got {list(w.shape)}")
+
+
+def _check_canonical(op: str, values: Tensor, meta: Tensor, k: int) -> None:
+    if values.dtype not in DTYPES or meta.dtype != torch.uint8:
+        raise TypeError(
+            f"lissom::{op}: values must be float32, bfloat16 or float16 and meta uint8; "
+            f"got {values.dtype} and {meta.dtype}"
+        )
+    if values.dim() != 2 or values.shape[1] * 2 != k or k % 4:
+        raise ValueError(
+            f"lissom::{op}: values must be [N, K/2] with K a multiple of 4; got {list(values.shape)} and K={k}"
+        )
+    if meta.shape != (values.shape[0], meta_columns(k)):
+        raise ValueError(
+            f"lissom::{op}: meta must be [N, ceil(K/8)={meta_columns(k)}] with N={values.shape[0]}; "
+            f"got {list(meta.shape)}"
+        )
+
+
+def _quad_counts(w: Tensor) -> Tensor:
+    return (w.unflatten(1, (-1, 4)) != 0).sum(-1)
+
+
+def _verdict(bad: Tensor) -> Tensor:
+    """[ok, first bad row, first bad quad] of a boolean [N, Q]."""
+    where = bad.nonzero()
+    answer = [1, -1, -1] if where.numel() == 0 else [0, *where[0].tolist()]
+    return torch.tensor(answer, dtype=torch.int64, device=bad.device)
+
+
+def check(w: Tensor) -> Tensor:
+    """Twin of `sparse24_check`."""
+    _check_dense("sparse24_check", w)
+    return _verdict(_quad_counts(w) > 2)
+
+
+def nibbles(meta: Tensor, k: int) -> Tensor:
+    """Metadata bytes [N, ceil(K/8)] as one nibble a quad, uint8 [N, K/4]."""
+    both = torch.stack((meta & 15, meta >> 4), -1)
+    return both.flatten(1)[:, : k // 4]
+
+
+def check_meta(meta: Tensor, k: int) -> Tensor:
+    """Twin of `sparse24_check_meta`."""
+    if meta.dtype != torch.uint8:
+        raise TypeError(f"lissom::sparse24_check_meta: meta must be uint8; got {meta.dtype}")
+    if k < 0 or k % 4 or meta.dim() != 2 or meta.shape[1] != meta_columns(k):
+        raise ValueError(
+            f"lissom::sparse24_check_meta: meta must be [N, ceil(K/8)] with K a multiple of 4; "
+            f"got {list(meta.shape)} and K={k}"
+        )
+    every = torch.stack((meta & 15, meta >> 4), -1).flatten(1)
+    bad = ~torch.isin(every, torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8, device=meta.device))
+    bad[:, k // 4 :] = every[:, k // 4 :] != 0
+    return _verdict(bad)
+
+
+def _require_legal(op: str, meta: Tensor, k: int) -> None:
+    if meta.is_meta:
+        return
+    ok, row, quad = check_meta(meta, k).tolist()
+    if not ok:
+        raise ValueError(f"lissom::{op}: corrupt metadata: row {row}, quad {quad}")
+
+
+def compress(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tensor]:
+    """Twin of `sparse24_compress`."""
+    _check_dense("sparse24_compress", w)
+    if pattern not in ("auto", "magnitude"):
+        raise ValueError(f'lissom::sparse24_compress: pattern must be "auto" or "magnitude"; got {pattern!r}')
+    n, k = w.shape
+    quads = w.unflatten(1, (-1, 4))
+    nonzero = quads != 0
+    too_many = nonzero.sum(-1) > 2
+    if pattern == "auto" and bool(too_many.any()):
+        row, quad = too_many.nonzero()[0].tolist()
+        found = int(nonzero[row, quad].sum())
+        raise ValueError(
+            f"lissom::sparse24_compress: w is not 2:4 sparse: row {row}, quad {quad} has {found} non-zeros, "
+            'at most 2 are allowed; prune it first or pass pattern="magnitude"'
+        )
+    # NaN ranks above infinity, as in the kernels, where magnitudes compare as bit patterns.
+    size = torch.where(quads.isnan(), torch.inf, quads.abs().double())
+    size = size + quads.isnan() * torch.finfo(torch.float64).max
+    top = size.argsort(dim=-1, descending=True, stable=True)[..., :2]
+    nonzero = torch.where(too_many[..., None], torch.zeros_like(nonzero).scatter_(-1, top, True), nonzero)
+    weights = torch.tensor([1, 2, 4, 8], device=w.device)
+    code = torch.tensor(_NIBBLE_OF, device=w.device)[(nonzero * weights).sum(-1)]
+    kept = torch.stack((code & 3, code >> 2), -1)
+    values = quads.gather(-1, kept)
+    values = torch.where(values == 0, torch.zeros((), dtype=w.dtype, device=w.device), values)
+    code = F.pad(code, (0, code.shape[1] % 2))
+    meta = (code[:, ::2] | code[:, 1::2] << 4).to(torch.uint8)
+    return values.reshape(n, k // 2), meta.reshape(n, meta_columns(k))
+
+
+def positions(meta: Tensor, k: int) -> Tensor:
+    """Column of every kept value, int64 [N, K/2]."""
+    code = nibbles(meta, k).long()
+    kept = torch.stack((code & 3, code >> 2), -1)
+    return (kept + 4 * torch.arange(k // 4, device=meta.device)[:, None]).flatten(1)
+
+
+def decompress(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    """Twin of `sparse24_decompress`."""
+    _check_canonical("sparse24_decompress", values, meta, k)
+    _require_legal("sparse24_decompress", meta, k)
+    return torch.zeros(values.shape[0], k, dtype=values.dtype, device=values.device).scatter_(
+        1, positions(meta, k), values
+    )
+
+
+def _header(n: int, k: int, dtype: torch.dtype) -> bytes:
+    fields = MAGIC + (1).to_bytes(4, "little") + DTYPES.index(dtype).to_bytes(4, "little")
+    return (fields + n.to_bytes(8, "little") + k.to_bytes(8, "little")).ljust(HEADER_BYTES, b"\0")
+
+
+def _check_target(op: str, target: str) -> None:
+    if target != "cpu-v1":
+        raise ValueError(f'lissom::{op}: target must be "cpu-v1" (the only one in this build); got {target!r}')
+
+
+def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
+    """Twin of `sparse24_pack`."""
+    _check_target("sparse24_pack", target)
+    n, k = values.shape[0], values.shape[1] * 2
+    _check_canonical("sparse24_pack", values, meta, k)
+    _require_legal("sparse24_pack", meta, k)
+    dtype, device = values.dtype, values.device
+    panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
+    code = torch.full((panels * PANEL_ROWS, records * 8), 0xE, dtype=torch.uint8, device=device)
+    code[:n, : k // 4] = nibbles(meta, k)
+    words = code[:, ::2] | code[:, 1::2] << 4  # little-endian bytes of the 32-bit words
+    words = words.reshape(panels, PANEL_ROWS, records, 4).transpose(1, 2).reshape(panels, records, META_BYTES)
+    full = torch.zeros(panels * PANEL_ROWS, records * 16, dtype=dtype, device=device)
+    full[:n, : k // 2] = values
+    full = full.reshape(panels, PANEL_ROWS, records, 8, 2).permute(0, 2, 3, 1, 4)  # lane = row
+    if dtype == torch.float32:  # one vector a slot
+        full = full.transpose(-1, -2)
+    body = torch.cat((words, full.contiguous().view(torch.uint8).reshape(panels, records, -1)), -1)
+    header = torch.tensor(list(_header(n, k, dtype)), dtype=torch.uint8, device=device)
+    return torch.cat((header, body.flatten()))
+
+
+def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER_BYTES:
+        raise RuntimeError(
+            f"lissom::{op}: packed must be the uint8 vector that sparse24_pack returned; "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    head = bytes(packed[:HEADER_BYTES].tolist())
+    index = int.from_bytes(head[12:16], "little")
+    if head[:8] != MAGIC or head[8:12] != (1).to_bytes(4, "little") or index > 2:
+        raise RuntimeError(f"lissom::{op}: packed has no cpu-v1 header; pack the weight again with sparse24_pack")
+    found = int.from_bytes(head[16:24], "little"), int.from_bytes(head[24:32], "little")
+    if found != (n, k):
+        raise RuntimeError(f"lissom::{op}: packed holds a weight of N={found[0]}, K={found[1]}; got N={n}, K={k}")
+    dtype = DTYPES[index]
+    if packed.numel() != packed_bytes(n, k, dtype):
+        raise RuntimeError(f"lissom::{op}: packed is damaged: {packed.numel()} bytes for N={n}, K={k}, {dtype}")
+    return dtype
+
+
+def unpack(
+    packed: Tensor, n: int, k: int, target: str = "cpu-v1", *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Twin of `sparse24_unpack`."""
+    _check_target("sparse24_unpack", target)
+    held = _read_header("sparse24_unpack", packed, n, k)
+    if dtype not in (None, held):
+        raise TypeError(f"lissom::sparse24_unpack: packed holds {held}; got dtype={dtype}")
+    panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
+    body = packed[HEADER_BYTES:].reshape(panels, records, -1)
+    words = body[..., :META_BYTES].reshape(panels, records, PANEL_ROWS, 4).transpose(1, 2)
+    meta = words.reshape(panels * PANEL_ROWS, records * 4)[:n, : meta_columns(k)].clone()
+    if k % 8:
+        meta[:, -1] &= 15
+    values = body[..., META_BYTES:].contiguous().view(held)
+    shape = (panels, records, 8, 2, PANEL_ROWS) if held == torch.float32 else (panels, records, 8, PANEL_ROWS, 2)
+    values = values.reshape(shape)
+    if held == torch.float32:
+        values = values.transpose(-1, -2)
+    values = values.permute(0, 3, 1, 2, 4).reshape(panels * PANEL_ROWS, records * 16)[:n, : k // 2]
+    return values.contiguous(), meta
+
+
+def activate(y: Tensor, act: str) -> Tensor:
+    """The epilogue's activation by name."""
+    if act == "none":
+        return y
+    if act == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"lissom::sparse24_linear: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[act](y)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    k: int,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Twin of `sparse24_linear`."""
+    dtype = _read_header("sparse24_linear", packed, n, k)
+    out = linear_checks(x, n, k, bias, act, residual, out_dtype)
+    if x.dtype != dtype:
+        raise TypeError(f"lissom::sparse24_linear: x is {x.dtype} and the packed weight {dtype}; cast x")
+    values, meta = unpack(packed, n, k)
+    y = x.float() @ decompress(values, meta, k).float().t()
+    if bias is not None:
+        y = y + bias.float()
+    y = activate(y, act)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(out)
+
+
+def linear_checks(
+    x: Tensor,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """What `sparse24_linear` rejects by shape and dtype alone; returns the dtype of y."""
+    op = "lissom::sparse24_linear"
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16; got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"{op}: x must be [..., K={k}]; got {list(x.shape)}")
+    out = out_dtype or x.dtype
+    if out not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: out_dtype must be float32 or x's dtype {x.dtype}; got {out}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"{op}: bias must be [N={n}]; got {list(bias.shape)}")
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: bias must be float32 or x's dtype {x.dtype}; got {bias.dtype}")
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], n):
+        raise ValueError(f"{op}: residual must have y's shape {[*x.shape[:-1], n]}; got {list(residual.shape)}")
+    if residual is not None and residual.dtype != out:
+        raise TypeError(f"{op}: residual must have y's dtype {out}; got {residual.dtype}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+    return out
+
+
+def linear_values(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Twin of `sparse24_linear_values`."""
+    n, k = values.shape[0], values.shape[1] * 2
+    return linear(x, pack(values, meta), n, k, bias)
+
+
+def grad_input(dy: Tensor, packed: Tensor, n: int, k: int) -> Tensor:
+    """Twin of `sparse24_grad_input`."""
+    values, meta = unpack(packed, n, k)
+    if dy.dim() < 1 or dy.shape[-1] != n:
+        raise ValueError(f"lissom::sparse24_grad_input: dy must be [..., N={n}]; got {list(dy.shape)}")
+    if dy.dtype != values.dtype:
+        raise TypeError(f"lissom::sparse24_grad_input: dy is {dy.dtype} and the packed weight {values.dtype}")
+    return (dy.float() @ decompress(values, meta, k).float()).to(dy.dtype)
+
+
+def mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+    """Twin of `sparse24_mask_mm`."""
+    n, k = dy.shape[-1], x.shape[-1]
+    if dy.dtype != x.dtype:
+        raise TypeError(f"lissom::sparse24_mask_mm: dy and x must have one dtype; got {dy.dtype} and {x.dtype}")
+    if dy.shape[:-1] != x.shape[:-1] or k % 4 or tuple(meta.shape) != (n, meta_columns(k)):
+        raise ValueError(
+            "lissom::sparse24_mask_mm: wanted dy [..., N], x [..., K] and meta [N, ceil(K/8)]; "
+            f"got {list(dy.shape)}, {list(x.shape)} and {list(meta.shape)}"
+        )
+    _require_legal("sparse24_mask_mm", meta, k)
+    dense = dy.reshape(-1, n).float().t() @ x.reshape(-1, k).float()
+    return dense.gather(1, positions(meta, k)).to(x.dtype)

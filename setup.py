@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds lissom._C with CMake. Never imports torch: pip's isolated build only needs to know where it is installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def torch_folder() -> Path:
+    """LISSOM_TORCH_DIR, else torch as Python finds it, else the environment that pip installs into."""
+    spec = importlib.util.find_spec("torch")
+    candidates = [
+        os.environ.get("LISSOM_TORCH_DIR"),
+        spec and spec.origin and str(Path(spec.origin).parent),
+        os.path.join(sysconfig.get_path("purelib"), "torch"),
+        # Inside pip's isolated build `sys.prefix` is still the user's environment.
+        os.path.join(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages", "torch"),
+    ]
+    for folder in candidates:
+        if folder and (Path(folder) / "share/cmake/Torch/TorchConfig.cmake").is_file():
+            return Path(folder)
+    sys.exit("lissom needs PyTorch to be installed first: run `pip install torch`, then install lissom again.")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}{os.environ.get('LISSOM_BUILD_TAG', '')}"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DTorch_DIR={torch_folder()}/share/cmake/Torch", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
+        configure += os.environ.get("CMAKE_ARGS", "").split()
+        subprocess.run([*configure, f"-Dpybind11_DIR={pybind11_cmake()}"], check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+def pybind11_cmake() -> str:
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+setup(ext_modules=[Extension("lissom._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
