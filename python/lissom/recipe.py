@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what a run does, as data that pydantic has checked."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it is written; the message names the place and what to write instead."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(_Strict):
+    """Calibration text: `samples` windows of `seq_len` tokens drawn with `seed` from a .txt or .jsonl file."""
+
+    source: str
+    field: str = "text"
+    samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=1024, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("source")
+    @classmethod
+    def _is_local(cls, source: str) -> str:
+        if source.startswith("hf:"):
+            raise ValueError(f"hub data set {source!r} is not read, lissom never opens the network: "
+                             "download it and name a .txt or .jsonl file")
+        return source
+
+
+class PruneStep(_Strict):
+    """Set weights to zero, block by block: `lissom.pruning.prune_model`."""
+
+    pattern: str | float = "2:4"
+    method: str = "sparsegpt"
+    damp: float = Field(default=0.01, gt=0)
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    strict: bool = True
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, pattern: str | float) -> str | float:
+        text = str(pattern).strip()
+        kept = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+        if kept and int(kept[1]) < int(kept[2]):
+            return text
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+        if share and 0 < float(share[1]) / (100 if share[2] else 1) < 1:
+            return text if share[2] else float(text)
+        raise ValueError(f"pattern must be like '2:4' (2 of 4 kept), '50%' or 0.5, got {text!r}")
+
+
+class EvalStep(_Strict):
+    """Perplexity of a text and, with lm-eval installed, benchmark tasks."""
+
+    perplexity: str | None = None
+    field: str = "text"
+    windows: int = Field(default=8, ge=1)
+    seq_len: int = Field(default=1024, ge=2)
+    stride: int | None = Field(default=None, ge=1)
+    tasks: list[str] = []
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Evaluation(EvalStep):
+    """What is measured before and after the steps."""
+
+    speed: bool = True
+    kernels: bool = True
+
+
+class GenerateStep(_Strict):
+    """Continue a prompt."""
+
+    prompt: str
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    chat: bool = False
+
+
+class Sparse24Bench(_Strict):
+    """Time the 2:4 linear against the strongest dense kernels."""
+
+    kind: Literal["sparse24"] = "sparse24"
+    quick: bool = False
+    dtypes: list[Literal["float32", "bfloat16", "float16"]] = ["bfloat16", "float32"]
+
+
+class GenerationBench(_Strict):
+    """Time a whole model, dense against packed: prefill and decode."""
+
+    kind: Literal["generation"] = "generation"
+    packed: str | None = None
+    shape: str | None = None
+    prompt: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=16, ge=2)
+    rounds: int = Field(default=5, ge=1)
+    compiled: bool = False
+    memory: bool = False
+
+
+class InfoStep(_Strict):
+    """Versions, CPU, kernels in use."""
+
+
+class InspectStep(_Strict):
+    """Blocks, linears, and what pruning could touch."""
+
+    pattern: str = "2:4"
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+
+
+class ReportStep(_Strict):
+    """Write lissom-report.html again from a folder's lissom-report.json."""
+
+    source: str
+
+
+class Step(_Strict):
+    """One step: exactly one of the verbs, with its settings."""
+
+    prune: PruneStep | None = None
+    eval: EvalStep | None = None
+    generate: GenerateStep | None = None
+    bench: Sparse24Bench | GenerationBench | None = Field(default=None, discriminator="kind")
+    info: InfoStep | None = None
+    inspect: InspectStep | None = None
+    report: ReportStep | None = None
+
+    @model_validator(mode="after")
+    def _one_verb(self) -> Step:
+        if len(self.model_fields_set) != 1 or getattr(self, self.verb) is None:
+            raise ValueError(f"a step is one verb with its settings, such as '- prune: {{method: wanda}}'; "
+                             f"got {sorted(self.model_fields_set) or 'nothing'}")
+        return self
+
+    @property
+    def verb(self) -> str:
+        """Name of the verb that this step sets."""
+        return next(iter(self.model_fields_set), "prune")
+
+    @property
+    def settings(self) -> _Strict:
+        """Settings of that verb."""
+        return getattr(self, self.verb)
+
+
+class Output(_Strict):
+    """Where the model, the report and the log go."""
+
+    dir: str
+    format: Literal["packed", "dense"] = "packed"
+    max_shard_size: str = "5GB"
+    report: bool = True
+
+
+class Recipe(_Strict):
+    """Everything that decides a run's result."""
+
+    model: str | None = None
+    dtype: DTypeName = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    data: DataSpec | None = None
+    steps: list[Step] = []
+    evaluate: Evaluation | None = None
+    output: Output | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        verbs = [step.verb for step in self.steps]
+        if self.model is None and (self.evaluate or {"prune", "eval", "generate", "inspect"} & set(verbs)):
+            raise ValueError("model is missing: name a folder with config.json and safetensors weights")
+        if "prune" in verbs and self.output is None:
+            raise ValueError("output is missing: a recipe that prunes needs 'output: {dir: FOLDER}' (-o FOLDER)")
+        for step in self.steps:
+            if step.prune and step.prune.method != "magnitude" and self.data is None:
+                raise ValueError(f"data is missing: method {step.prune.method!r} needs calibration text, "
+                                 "'data: {source: FILE}' (--data FILE)")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values; reading it again gives an equal recipe."""
+        out = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
+        out["steps"] = [{s.verb: s.settings.model_dump(mode="json", exclude_none=True)} for s in self.steps]
+        order = [name for name in Recipe.model_fields if name in out]
+        return {name: out[name] for name in order}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text that `read_recipe` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """sha256 over all that decides the saved weights (not over where they go or how they are measured)."""
+        decisive = {k: v for k, v in self.to_dict().items() if k in ("model", "dtype", "data", "steps")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without base-60 integers (YAML 1.1 reads `2:4` as 124)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:int"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and check a YAML recipe file.
+
+    Args:
+        path: the file; relative paths inside it are taken from the current directory.
+
+    Returns:
+        The checked recipe, defaults filled in.
+
+    Raises:
+        RecipeError: not YAML, a key twice, an unknown key (the nearest one is named) or a bad value, with the line.
+    """
+    path = Path(path)
+    return parse_recipe(path.read_text(encoding="utf-8"), name=path.name)
+
+
+def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
+    """Check a recipe given as YAML text.
+
+    Args:
+        text: the YAML document.
+        name: what error messages call it.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: see `read_recipe`.
+
+    Example:
+        >>> parse_recipe("{model: m, steps: [inspect: {}]}").steps[0].verb
+        'inspect'
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping with keys {', '.join(Recipe.model_fields)}; "
+                          f"got {type(values).__name__}")
+    _reject_repeated_keys(node, name)
+    return build_recipe(values, name=name, node=node)
+
+
+def build_recipe(values: dict[str, Any], *, name: str = "recipe", node: yaml.Node | None = None) -> Recipe:
+    """Check a recipe given as plain values.
+
+    Args:
+        values: what the YAML document would hold.
+        name: what error messages call it.
+        node: the YAML tree of `values`, for line numbers.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: see `read_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, values, name, node)) from error
+
+
+def _explain(error: ValidationError, values: dict[str, Any], name: str, node: yaml.Node | None) -> str:
+    # An unknown key often makes other checks fail too: it is the one to name.
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    loc = tuple(part for part in problem["loc"] if part not in ("sparse24", "generation"))
+    line = _line_of(node, loc)
+    place = f"{name}, line {line}" if line else name
+    if problem["type"] == "extra_forbidden":
+        *parent, key = loc
+        known = _keys_at(tuple(parent), values)
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        return f"{place}: {_spell(parent) or 'the recipe'} has no key {key!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}: {_spell(loc) + ': ' if loc else ''}{message}{more}"
+
+
+def _spell(loc: tuple | list) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
+def _keys_at(loc: tuple, values: Any) -> list[str]:
+    """Keys that a mapping at `loc` may have."""
+    if not loc:
+        return list(Recipe.model_fields)
+    if loc[0] == "steps" and len(loc) == 2:
+        return list(Step.model_fields)
+    if loc[0] == "steps":
+        if loc[2] == "bench":
+            kind = values["steps"][loc[1]]["bench"].get("kind", "sparse24")
+            return list((GenerationBench if kind == "generation" else Sparse24Bench).model_fields)
+        model = _SETTINGS[str(loc[2])]
+    else:
+        model = _SECTIONS[str(loc[0])]
+    return list(model.model_fields)
+
+
+_SETTINGS: dict[str, type[_Strict]] = {"prune": PruneStep, "eval": EvalStep, "generate": GenerateStep,
+                                       "info": InfoStep, "inspect": InspectStep, "report": ReportStep}
+_SECTIONS: dict[str, type[_Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
+
+
+def _line_of(node: yaml.Node | None, loc: tuple) -> int | None:
+    """Line (from 1) of the deepest key of `loc` that the document has."""
+    line = None
+    for part in loc:
+        found: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, found = key.start_mark.line + 1, value
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = node.value[part]
+            line = found.start_mark.line + 1
+        if found is None:
+            break
+        node = found
+    return line
+
+
+def _reject_repeated_keys(node: yaml.Node | None, name: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Hashable] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise RecipeError(f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is there twice; keep one")
+            seen.add(key.value)
+            _reject_repeated_keys(value, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _reject_repeated_keys(value, name)
