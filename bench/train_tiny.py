@@ -142,14 +142,14 @@ def excerpt(text: str, size: int) -> str:
 
 CARD = """# tiny-llama
 
-A Llama of {millions:.2f} M parameters ({layers} layers, width {hidden}, byte-level BPE of {vocab_size} symbols)
-that comes with lissom so that the demo and the tests run without a network. Made by `bench/train_tiny.py`:
-{steps} steps of {batch} x {seq_len} tokens, seed {seed}, on the King James Bible (public domain; Debian's
-bible-kjv-text). Weights: Apache-2.0.
+A Llama of {millions:.2f} M parameters ({layers} layers, width {hidden}, byte-level BPE of {vocab_size}
+symbols) that comes with lissom so that the demo and the tests run without a network. Made by
+`bench/train_tiny.py`: {steps} steps of {batch} x {seq_len} tokens, seed {seed}, on the King James Bible
+(public domain; Debian's bible-kjv-text). Weights: Apache-2.0.
 
-Bits per byte on held-out chapters: {bits:.3f}. It is for plumbing and numerics. Models this small hardly react
-to pruning: judge quality and speed on a real one. `../calibration.txt` and `../validation.txt` are chapters of
-the same text, from its training and its held-out part.
+Bits per byte on held-out chapters: {bits:.3f}. It is for plumbing and numerics. Models this small hardly
+react to pruning: judge quality and speed on a real one. `../calibration.txt` and `../validation.txt` are
+chapters of the same text, from its training and its held-out part.
 """
 
 
