@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads models and tokenizers strictly: local files, safetensors, no code from the checkpoint, nothing left
+random.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lissom.hf.checkpoint import CheckpointError, check_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, local_files_only: bool = True
+) -> PreTrainedModel:
+    """Loads a causal language model, packed or ordinary, and refuses a checkpoint that does not fill it
+    completely.
+
+    Args:
+        path: a model folder, or the name of a model that is in the local Hugging Face cache.
+        dtype: type of the weights; as stored if None.
+        local_files_only: False allows ``transformers`` to download.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder is damaged, incomplete or of an unknown kind.
+        OSError: a named model is not in the local cache.
+
+    Example:
+        >>> load_model("/nowhere")
+        Traceback (most recent call last):
+        lissom.hf.checkpoint.CheckpointError: /nowhere is not a model folder: there is no such folder
+    """
+    from transformers import AutoModelForCausalLM
+
+    from lissom.hf.quantizer import register
+
+    register()
+    name = _checked_name(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype="auto" if dtype is None else dtype,
+        local_files_only=local_files_only,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its model, the first is {missing[0]}")
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, local_files_only: bool = True) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that lies in a model folder.
+
+    Args:
+        path: a model folder, or the name of a model that is in the local Hugging Face cache.
+        local_files_only: False allows ``transformers`` to download.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        OSError: the folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(path)
+    if _names_a_folder(name):
+        _existing_folder(name)
+    return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+
+
+def _checked_name(path: str | os.PathLike[str]) -> str:
+    name = str(path)
+    if _names_a_folder(name):
+        check_folder(_existing_folder(name))
+    return name
+
+
+def _names_a_folder(name: str) -> bool:
+    """A hub name is "model" or "owner/model"; anything else, and anything that exists, is a path."""
+    return os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "/", "~"))
+
+
+def _existing_folder(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        state = "it is a file" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{name} is not a model folder: {state}")
+    return folder
