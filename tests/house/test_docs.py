@@ -6,8 +6,9 @@ import importlib
 import pkgutil
 import re
 
-import lissom
 import pytest
+
+import lissom
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 MODULES = sorted(

