@@ -48,7 +48,7 @@ class PruneStep(_Strict):
 
     pattern: str | float = "2:4"
     method: str = "sparsegpt"
-    damp: float = Field(default=0.01, gt=0)
+    damp: float | None = Field(default=None, gt=0)
     include: list[str] | None = None
     exclude: list[str] | None = None
     strict: bool = True
@@ -65,12 +65,24 @@ class PruneStep(_Strict):
             return text if share[2] else float(text)
         raise ValueError(f"pattern must be like '2:4' (2 of 4 kept), '50%' or 0.5, got {text!r}")
 
+    @field_validator("method")
+    @classmethod
+    def _is_method(cls, method: str) -> str:
+        from lissom.pruning.solver import find_method
+
+        find_method(method)
+        return method
+
+    @property
+    def fits_quads(self) -> bool:
+        """Whether the pattern leaves at most two of every aligned four, as the packed form needs."""
+        return self.pattern in ("2:4", "1:4", "1:2")
+
 
 class EvalStep(_Strict):
     """Perplexity of a text and, with lm-eval installed, benchmark tasks."""
 
     perplexity: str | None = None
-    field: str = "text"
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=1024, ge=2)
     stride: int | None = Field(default=None, ge=1)
@@ -190,6 +202,10 @@ class Recipe(_Strict):
             raise ValueError("model is missing: name a folder with config.json and safetensors weights")
         if "prune" in verbs and self.output is None:
             raise ValueError("output is missing: a recipe that prunes needs 'output: {dir: FOLDER}' (-o FOLDER)")
+        prunes = [step.prune for step in self.steps if step.prune]
+        if prunes and self.output and self.output.format == "packed" and not any(p.fits_quads for p in prunes):
+            raise ValueError(f"output.format 'packed' needs pattern '2:4', got {prunes[0].pattern!r}: "
+                             "prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed")
         for step in self.steps:
             if step.prune and step.prune.method != "magnitude" and self.data is None:
                 raise ValueError(f"data is missing: method {step.prune.method!r} needs calibration text, "

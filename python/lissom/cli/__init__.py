@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `lissom VERB`: parses flags into a recipe, runs it, shows the result."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lissom.cli import demo, look, make, measure
+
+app = typer.Typer(
+    name="lissom", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Make a language model 2:4-sparse, save it, run it faster on this CPU, and see what it cost.",
+    epilog="No telemetry; nothing is downloaded. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(look.info)
+app.command()(look.inspect)
+app.command()(make.prune)
+app.command("eval")(measure.evaluate)
+app.command()(measure.generate)
+app.add_typer(measure.bench, name="bench")
+app.command()(make.run)
+app.command()(look.report)
+app.command()(demo.demo)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        import lissom
+
+        print(lissom.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="lissom")

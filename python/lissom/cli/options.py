@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that several verbs share, so that they mean and read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a name in the local Hugging Face cache.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Calibration text: .txt or .jsonl.")]
+Field = Annotated[str, typer.Option("--field", help="Key of the text in .jsonl lines.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per window.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
+Include = Annotated[list[str] | None, typer.Option("--include", metavar="NAME", help="Only these modules; re:REGEX too. Repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="NAME", help="Not these modules. Repeatable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be touched, memory and time; write nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Only JSON on stdout; messages go to stderr.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Tracebacks, and what libraries log.")]
+Text = Annotated[str | None, typer.Option("--eval-text", metavar="FILE", help="Held-out text for perplexity before and after.")]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Windows of the text that are scored.")]
+Task = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task, such as arc_easy. Repeatable.")]

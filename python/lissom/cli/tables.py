@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as rich tables; names from models and files are printed without markup."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lissom.cli.console import duration_text
+from lissom.reporting.verdict import byte_text, ratio_text
+
+
+def table(*heads: str, title: str | None = None) -> Table:
+    """An empty table; columns after the first are right-aligned."""
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for index, head in enumerate(heads):
+        made.add_column(head, justify="left" if index == 0 else "right")
+    return made
+
+
+def pairs_view(console: Console, values: dict[str, Any]) -> None:
+    """Two columns: name, value."""
+    made = Table.grid(padding=(0, 3))
+    for name, value in values.items():
+        if value is not None:
+            made.add_row(Text(name.replace("_", " "), style="dim"), Text(str(value)))
+    console.print(made)
+
+
+def info_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom info`."""
+    pairs_view(console, {
+        "lissom": value["lissom"], "python": value["python"],
+        **value["packages"],
+        "cpu": f"{value['cpu']} ({value['core']}{'' if value['core_measured'] else ', not measured'})",
+        "instruction sets": f"{value['isa']} in use, {value['detected_isa']} detected",
+        "cores, threads": f"{value['cores']}, {value['threads']}",
+        "memory": byte_text(value["memory_bytes"]), "gpu": value["gpu"] or "none",
+        "build": ", ".join(f"{k} {v}" for k, v in value["build"].items()),
+        **{name: setting or "not set" for name, setting in value["settings"].items()},
+    })
+    for family, kernels in value["kernels"].items():
+        rows = sorted({int(row) for by_rows in kernels.values() for row in by_rows})
+        made = table("dtype", *[f"M >= {row}" for row in rows], title=f"{family}: kernel by rows of x")
+        for dtype, by_rows in kernels.items():
+            paths = {int(row): path for row, path in by_rows.items()}
+            made.add_row(dtype, *[str(paths.get(row, "")) for row in rows])
+        console.print()
+        console.print(made)
+
+
+def inspect_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom inspect`."""
+    prune = value["prune"]
+    made_by = value["made_by"]
+    pairs_view(console, {
+        "model": value["model"], "family": value["family"], "dtype": value["dtype"], "blocks": value["blocks"],
+        "parameters": f"{value['parameters']:,}", "weight files": byte_text(value["file_bytes"]),
+        "format": "2:4 packed by lissom" if value["packed"] else value["quantization"] or "dense",
+        "made by": f"lissom {made_by.get('version')}, {made_by.get('method')} {made_by.get('pattern')}" if made_by else None,
+    })
+    made = table("linear", "shape", "count", "parameters")
+    for row in value["linears"]:
+        made.add_row(Text(row["kind"]), "×".join(map(str, row["shape"])), str(row["count"]), f"{row['parameters']:,}")
+    console.print(made)
+    line = (f"prune {prune['pattern']} would touch {len(prune['touched'])} linears, {prune['touched_share']:.0%} of the "
+            "parameters")
+    if prune["packed_bytes"]:
+        line += f": {byte_text(prune['dense_bytes'])} become {byte_text(prune['packed_bytes'])}"
+    console.print(line)
+    _left(console, prune["left"])
+
+
+def plan_view(console: Console, value: dict[str, Any]) -> None:
+    """`--dry-run`."""
+    for step in value["steps"]:
+        line = f"{step['verb']}: peak memory {byte_text(step['peak_bytes'])}, about {duration_text(step['estimated_seconds'])}"
+        if "touched" in step:
+            line += f"; touches {len(step['touched'])} linears, {step['touched_share']:.1%} of the parameters"
+        console.print(line)
+        _left(console, step.get("left", {}))
+    console.print(f"in all about {duration_text(value['estimated_seconds'])} (timing of speed and kernels not counted)")
+    for path in value["writes"]:
+        console.print(f"would write {path}", style="dim", markup=False)
+
+
+def eval_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom eval`."""
+    if "perplexity" in value:
+        pairs_view(console, {
+            "perplexity": f"{value['perplexity']:.3f}", "bits per byte": f"{value['bits_per_byte']:.4f}",
+            "nats per token": f"{value['nats_per_token']:.4f}", "scored tokens": f"{value['tokens']:,}",
+            "protocol": value["protocol"], "time": duration_text(value["seconds"])})
+    if "tasks" in value:
+        made = table("task", "metric", "value")
+        for task, metrics in value["tasks"].items():
+            for metric, number in metrics.items():
+                made.add_row(task, metric, f"{number:.4f}")
+        console.print(made)
+
+
+def generate_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom generate`: the text has been printed as it came."""
+    Console(stderr=True).print(f"{value['new_tokens']} tokens, {value['tokens_per_s']:.1f} tokens/s", style="dim")
+
+
+def sparse24_view(console: Console, rows: list[dict[str, Any]]) -> None:
+    """`lissom bench sparse24`."""
+    made = table("dtype", "threads", "M", "N", "K", "2:4 µs", "best dense µs", "which", "ratio", "GFLOP/s", "GB/s")
+    for row in rows:
+        peer = min(row["peers"], key=row["peers"].__getitem__)
+        made.add_row(row["dtype"], str(row["threads"]), str(row["M"]), str(row["N"]), str(row["K"]),
+                     f"{row['ours_us']:,.0f}", f"{row['peers'][peer]:,.0f}", peer, f"{row['ratio_best']:.2f}×",
+                     f"{row['gflops']:.0f}", f"{row['gbps']:.1f}")
+    console.print(made)
+
+
+def generation_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom bench generation`."""
+    made = table("", "prefill tok/s", "decode tok/s", "ms/token", "linears", "lm_head", "attention", "other")
+    for row in value["variants"]:
+        shares = row["decode_shares"]
+        made.add_row(row["label"], f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.2f}",
+                     f"{1e3 * row['decode_seconds']:.1f}",
+                     *[f"{shares[part]:.0%}" if shares else "" for part in ("linears", "lm_head", "attention", "other")])
+    console.print(made)
+    for phase in ("decode", "prefill"):
+        parts = value["attribution"][phase]
+        console.print(f"{phase}: {ratio_text(parts['total'])} transformers as it comes = {ratio_text(parts['peer_weakness'])} "
+                      f"dense peer's weakness × {ratio_text(parts['sparsity'])} by 2:4")
+    for row in value["variants"]:
+        if row["memory"]:
+            console.print(f"peak memory, {row['label']}: {byte_text(row['memory']['running_peak_bytes'])} running, "
+                          f"{byte_text(row['memory']['loading_peak_bytes'])} loading")
+
+
+def report_view(console: Console, report: dict[str, Any]) -> None:
+    """What a run that saved has to show."""
+    made = table("", "before", "after", "")
+    size, speed, quality = report["size"], report.get("speed"), report.get("quality") or {}
+    made.add_row("weight files", byte_text(size["source_bytes"]), byte_text(size["output_bytes"]),
+                 f"{size['output_bytes'] / size['source_bytes']:.2f} of it")
+    if speed:
+        rows = {row["name"]: row for row in speed["variants"]}
+        for phase in ("decode", "prefill"):
+            key, parts = f"{phase}_tokens_per_s", speed["attribution"][phase]
+            made.add_row(f"{phase}, tokens/s", f"{rows['dense'][key]:.1f}", f"{rows['packed'][key]:.1f}",
+                         f"{ratio_text(parts['total'])}; {ratio_text(parts['sparsity'])} best dense")
+    if quality.get("before") and quality.get("after"):
+        before, after = quality["before"], quality["after"]
+        made.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}",
+                     ratio_text(after["perplexity"] / before["perplexity"]))
+    console.print(made)
+    verdict = report["verdict"]
+    console.print(verdict["headline"], style="bold", markup=False)
+    for sign, texts in (("+", verdict["gains"]), ("-", verdict["costs"]), ("?", verdict["unknown"])):
+        for text in texts:
+            console.print(f"{sign} {text}", markup=False)
+    console.print(f"model   {report['output']['dir']}", markup=False, soft_wrap=True)
+    if report["recipe"]["output"].get("report", True):
+        console.print(f"report  {report['output']['dir']}/lissom-report.html", markup=False, soft_wrap=True)
+
+
+def results_view(console: Console, results: Any) -> None:
+    """Results of a recipe without output: each step as its verb shows it."""
+    views = {"info": info_view, "inspect": inspect_view, "eval": eval_view, "generate": generate_view}
+    for result in results if isinstance(results, list) else [results]:
+        view = views.get(result.get("verb", ""), lambda console, value: console.print_json(data=value))
+        view(console, result.get("result", result))
+
+
+def _left(console: Console, left: dict[str, str]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        shown = names[0] if len(names) == 1 else f"{len(names)} linears such as {names[0]}"
+        console.print(f"left: {shown}: {reason}", style="dim", markup=False)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says of the machine and of a model, gathered without loading weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SETTINGS = ("LISSOM_CPU_ISA", "LISSOM_AUTOLOAD", "LISSOM_TORCH_DIR")
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "peft", "lm_eval", "openvino")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU, kernels in use, settings.
+
+    Returns:
+        Plain values; packages that are not installed are left out.
+
+    Example:
+        >>> environment()["lissom"]
+        '0.1.0'
+    """
+    import torch
+
+    import lissom
+
+    cpu = lissom.cpu_info()
+    return {
+        "lissom": lissom.__version__,
+        "build": lissom.build_info(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu["model"],
+        "core": cpu["core"],
+        "core_measured": cpu["core_measured"],
+        "detected_isa": cpu["detected_isa"],
+        "isa": cpu["isa"],
+        "kernels": {family: table for family, table in cpu.items() if isinstance(table, dict)},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
+    }
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder behind a model's name: itself, or a snapshot in the local Hugging Face cache.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"there is no model folder {str(model)!r} and no such model in the local Hugging Face "
+                                "cache: check the path, or download the model first") from error
+
+
+def weight_file_bytes(folder: str | Path) -> int:
+    """Bytes of a folder's safetensors files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def skeleton(model: str | Path, *, dtype: str = "auto") -> nn.Module:
+    """The model without its weights (meta device), for plans and inventories.
+
+    Args:
+        model: folder or cached name.
+        dtype: type of the weights; "auto" is the checkpoint's.
+
+    Returns:
+        The model on the meta device; packed checkpoints come as their dense shape.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_folder(model), local_files_only=True, trust_remote_code=False)
+    stored = getattr(config, "dtype", None) or torch.float32
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted.removeprefix("torch."))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=wanted)
+
+
+def inventory(
+    model: str | Path, *, pattern: str = "2:4", include: list[str] | None = None, exclude: list[str] | None = None,
+) -> dict[str, Any]:
+    """Blocks, linears and parameters of a model, and what pruning could touch; no weight is read.
+
+    Args:
+        model: folder or cached name.
+        pattern: what a prune would ask for.
+        include: module names or "re:" patterns to take.
+        exclude: module names or "re:" patterns to leave.
+
+    Returns:
+        Plain values: sizes, `linears` by kind, `prune` with what is touched, what is left and why, and the bytes after.
+
+    Raises:
+        UnsupportedModelError: an architecture that lissom does not know.
+    """
+    from transformers import PretrainedConfig
+
+    from lissom.models.walk import describe
+    from lissom.pruning import plan_prune
+
+    folder = model_folder(model)
+    raw, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+    quantization = raw.get("quantization_config") or {}
+    net = skeleton(folder)
+    parts = describe(net)
+    plan = plan_prune(net, pattern=pattern, method="magnitude", include=include, exclude=exclude, strict=False)
+    element = next(net.parameters()).element_size()
+    shapes = {ref.name: ref.shape for ref in [*parts.linears(), *([parts.head] if parts.head else [])]}
+    kinds: dict[tuple[str, tuple[int, int]], int] = {}
+    for ref in parts.linears():
+        key = (re.sub(r"^.*\.\d+\.", "", ref.name), ref.shape)
+        kinds[key] = kinds.get(key, 0) + 1
+    dense = sum(shapes[name][0] * shapes[name][1] * element for name in plan.touched)
+    packed = sum(n * k // 2 * element + n * -(-k // 8) for n, k in (shapes[name] for name in plan.touched))
+    return {
+        "model": str(model), "family": parts.family, "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
+        "blocks": len(parts.blocks), "parameters": plan.total_parameters,
+        "file_bytes": weight_file_bytes(folder),
+        "packed": quantization.get("quant_method") == "lissom", "quantization": quantization.get("quant_method"),
+        "made_by": raw.get("lissom"),
+        "linears": [{"kind": kind, "shape": list(shape), "count": count, "parameters": count * shape[0] * shape[1]}
+                    for (kind, shape), count in kinds.items()],
+        "prune": {"pattern": plan.pattern, "touched": plan.touched, "left": plan.left,
+                  "touched_parameters": plan.touched_parameters, "touched_share": plan.touched_share,
+                  "dense_bytes": dense, "packed_bytes": packed if plan.pattern == "2:4" else None},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations per second of a short dense product on this machine: the yardstick of time estimates."""
+    import torch
+
+    left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    left @ right
+    start = time.perf_counter()
+    for _ in range(4):
+        left @ right
+    return 4 * 2 * 256 * 1024 * 1024 / (time.perf_counter() - start)

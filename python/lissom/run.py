@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs recipes: plan, steps, evaluation, save, report; the command and `lissom.compress` both enter here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lissom import steps
+from lissom.recipe import Evaluation, Recipe, RecipeError, build_recipe, read_recipe
+from lissom.reporting import facts, judge, write_report
+from lissom.reporting.files import write_json, write_text
+from lissom.steps import Event, Session
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave: one result per step, and for a run that saves the whole report."""
+
+    recipe: Recipe
+    results: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] | None = None
+    output: Path | None = None
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on as asked; the message says what to try."""
+
+
+def compress(
+    model: str | os.PathLike[str],
+    *,
+    recipe: str | os.PathLike[str] | dict[str, Any] | Recipe,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """Make a model smaller as a recipe says: steps, evaluation, saving, report.
+
+    Args:
+        model: folder of the dense model; takes the place of the recipe's `model`.
+        recipe: YAML file, plain values, or a checked recipe.
+        output: folder to write; takes the place of the recipe's `output.dir`.
+        resume: go on with an interrupted run; the weights come out bit-equal.
+        overwrite: replace a model that is already in the output folder.
+        on_event: called with each stage and each finished block.
+
+    Returns:
+        Results of the steps, the report, the output folder.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        RunError: the output folder is taken, or holds another run's state.
+
+    Example:
+        >>> compress("model-dir", recipe="recipe.yaml", output="out")  # doctest: +SKIP
+    """
+    if isinstance(recipe, Recipe):
+        values = recipe.to_dict()
+    elif isinstance(recipe, dict):
+        values = dict(recipe)
+    else:
+        values = read_recipe(recipe).to_dict()
+    values["model"] = str(model)
+    if output is not None:
+        values["output"] = {**(values.get("output") or {}), "dir": str(output)}
+    checked = build_recipe(values)
+    if checked.output is None:
+        raise RecipeError("output is missing: pass output= or write 'output: {dir: FOLDER}'")
+    return run_recipe(checked, resume=resume, overwrite=overwrite, on_event=on_event)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """Run a recipe's steps; with an output, evaluate, save and report as well.
+
+    Args:
+        recipe: what to do.
+        resume: go on with an interrupted run.
+        overwrite: replace a model that is already in the output folder, or an interrupted run's state.
+        on_event: called with each stage and each finished block.
+
+    Returns:
+        One result per step, and the report of a run that saves.
+
+    Raises:
+        RunError: the output folder is taken, or `resume` meets another recipe's state.
+    """
+    emit = on_event or (lambda event: None)
+    with _threads(recipe.threads):
+        if recipe.output is None:
+            session = Session(recipe, emit)
+            results = _run_steps(session)
+            if recipe.evaluate:
+                results.append(_timed("eval", lambda: steps.evaluate(session, recipe.evaluate)))
+            return RunResult(recipe, results)
+        return _Making(recipe, emit, resume=resume, overwrite=overwrite).run()
+
+
+def plan_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What a run would touch, need and write; nothing is written and no weight is read.
+
+    Args:
+        recipe: what would be done.
+
+    Returns:
+        `recipe` (resolved), `steps` (a plan each), `peak_bytes`, `estimated_seconds` (None where it cannot be told),
+        `writes` (paths).
+    """
+    plans: list[dict[str, Any]] = []
+    peak, seconds = 0, 0.0
+    with _threads(recipe.threads):
+        for step in recipe.steps:
+            plan = _plan_step(recipe, step.verb, step.settings)
+            plans.append({"verb": step.verb, **plan})
+            peak, seconds = max(peak, plan["peak_bytes"]), seconds + plan["estimated_seconds"]
+        if recipe.evaluate and recipe.evaluate.perplexity:
+            plan = _plan_step(recipe, "eval", recipe.evaluate)
+            times = 2 if recipe.output else 1
+            plans.append({"verb": "evaluate", **plan, "estimated_seconds": times * plan["estimated_seconds"]})
+            peak, seconds = max(peak, plan["peak_bytes"]), seconds + times * plan["estimated_seconds"]
+    writes = []
+    if recipe.output:
+        files = ["config.json", "model*.safetensors", "recipe.yaml", "log.jsonl"]
+        if recipe.output.report:
+            files += ["lissom-report.json", "lissom-report.html"]
+        writes = [f"{recipe.output.dir}/{name}" for name in files]
+    writes += [str(Path(s.report.source) / "lissom-report.html") for s in recipe.steps if s.report]
+    return {"recipe": recipe.to_dict(), "steps": plans, "peak_bytes": peak, "estimated_seconds": seconds, "writes": writes}
+
+
+def _plan_step(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
+    if verb == "prune":
+        from lissom.pruning import plan_prune
+
+        data = recipe.data
+        windows = {"samples": data.samples, "seq_len": data.seq_len} if data else {}
+        plan = plan_prune(facts.skeleton(recipe.model or "", dtype=recipe.dtype), pattern=settings.pattern,
+                          method=settings.method, include=settings.include, exclude=settings.exclude,
+                          strict=settings.strict, **windows)
+        return plan.to_dict()
+    if verb in ("eval", "generate") or (verb == "bench" and recipe.model):
+        net = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
+        size = sum(p.numel() * p.element_size() for p in net.parameters())
+        count = sum(p.numel() for p in net.parameters())
+        dtype = next(net.parameters()).dtype
+        vocabulary = net.config.get_text_config().vocab_size
+        tokens, rows, runs = {
+            "eval": lambda: (settings.windows * settings.seq_len, settings.seq_len, 1),
+            "generate": lambda: (settings.max_new_tokens, 1, 1),
+            # Three variants, warmed up once; a decoded token costs about ten of a prompt.
+            "bench": lambda: (settings.prompt + 10 * settings.new_tokens, 1, 3 * (settings.rounds + 1)),
+        }[verb]()
+        return {"peak_bytes": size * (3 if verb == "bench" else 1) + 8 * rows * vocabulary,
+                "estimated_seconds": runs * tokens * 2 * count / facts.matmul_rate(dtype)}
+    return {"peak_bytes": 0, "estimated_seconds": 0.0}
+
+
+class _Making:
+    """One run that makes a model folder; its state lies beside the folder until the folder is complete."""
+
+    def __init__(self, recipe: Recipe, emit: Callable[[Event], None], *, resume: bool, overwrite: bool) -> None:
+        if recipe.output is None or recipe.model is None:
+            raise RecipeError("a run that saves needs both 'model' and 'output'")
+        self.recipe, self.settings = recipe, recipe.output
+        self.evaluation = recipe.evaluate or Evaluation(speed=False, kernels=False)
+        self.output = Path(recipe.output.dir)
+        self.state = self.output.with_name(self.output.name + ".lissom-state")
+        self.told = emit
+        self.began = time.perf_counter()
+        self.resume = resume
+        self._claim(overwrite=overwrite)
+        self.overwrite = overwrite or resume
+        self.session = Session(recipe, self.emit, state=self.state, resume=resume)
+
+    def run(self) -> RunResult:
+        self.emit({"event": "start", "recipe": self.recipe.to_dict()})
+        self.session.source  # noqa: B018 - fails now rather than after an hour
+        before = self._before()
+        results = _run_steps(self.session)
+        packing = self._pack()
+        after = steps.measure_perplexity(self.session, self.evaluation) if self.evaluation.perplexity else None
+        report = self._report(before, after, packing)
+        self._save(before, after)
+        self.session.release()
+        self._measure(report)
+        report["seconds"] = time.perf_counter() - self.began
+        report["verdict"] = judge(report)
+        self._publish(report)
+        return RunResult(self.recipe, results, report, self.output)
+
+    def emit(self, event: Event) -> None:
+        """Log an event and pass it on."""
+        stamped = {"time": _now(), **event}
+        with (self.state / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(stamped, ensure_ascii=False) + "\n")
+        self.told(event)
+
+    def _claim(self, *, overwrite: bool) -> None:
+        """Take the output folder, or say why not, before any work."""
+        if self.output.exists() and self.recipe.model and self.output.resolve() == Path(self.recipe.model).resolve():
+            raise RunError(f"the output folder {self.output} is the model's own folder: choose another one (-o)")
+        started = self.state / "run.json"
+        if started.is_file() and not self.resume:
+            if not overwrite:
+                raise RunError(f"{self.state} holds an interrupted run: go on with --resume, or start again with --overwrite")
+            shutil.rmtree(self.state)
+        taken = (self.output / "config.json").exists()
+        if taken and not overwrite and not (self.resume and started.is_file()):
+            raise RunError(f"{self.output} already holds a model: choose another folder (-o), or pass --overwrite")
+        if started.is_file():
+            found = json.loads(started.read_text(encoding="utf-8"))
+            if found["fingerprint"] != self.recipe.fingerprint():
+                raise RunError(f"{self.state} is the state of another recipe: repeat the first call with --resume, "
+                               "or start again with --overwrite")
+        else:
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_json(started, {"fingerprint": self.recipe.fingerprint(), "recipe": self.recipe.to_dict()})
+
+    def _before(self) -> dict[str, Any] | None:
+        if not self.evaluation.perplexity:
+            return None
+        kept = self.state / "before.json"
+        wanted = self.evaluation.model_dump(mode="json")
+        if kept.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["evaluation"] == wanted:
+                return found["result"]
+        result = steps.measure_perplexity(self.session, self.evaluation)
+        write_json(kept, {"evaluation": wanted, "result": result})
+        return result
+
+    def _pack(self) -> dict[str, int]:
+        """Swap 2:4 linears for packed ones, so that the quality measured is that of the kernels; their bytes."""
+        if self.settings.format != "packed":
+            return {}
+        from lissom.nn import Sparse24Linear, sparsify
+
+        self.emit({"event": "stage", "text": "packing"})
+        sparsify(self.session.model)
+        layers = [m for m in self.session.model.modules() if isinstance(m, Sparse24Linear)]
+        dense = sum(m.in_features * m.out_features * m.weight.element_size() for m in layers)
+        meta = sum(m.out_features * -(-m.in_features // 8) for m in layers)
+        return {"linears_source_bytes": dense, "linears_output_bytes": dense // 2 + meta}
+
+    def _save(self, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
+        import lissom
+
+        self.emit({"event": "stage", "text": f"saving to {self.output}"})
+        card = {"base_model": Path(str(self.recipe.model)).name,
+                "perplexity_before": before["perplexity"] if before else None,
+                "perplexity_after": after["perplexity"] if after else None,
+                "evaluation_text": Path(after["text"]).name if after else None}
+        lissom.save(self.session.model, self.output, format=self.settings.format, tokenizer=self.session.tokenizer,
+                    overwrite=self.overwrite, card=card, max_shard_size=self.settings.max_shard_size)
+
+    def _report(
+        self, before: dict[str, Any] | None, after: dict[str, Any] | None, packing: dict[str, int]
+    ) -> dict[str, Any]:
+        import lissom
+
+        model, config = self.session.model, self.session.model.config
+        made = getattr(config, "lissom", None) or {}
+        calibration = made.get("calibration") or {}
+        quality = {"text": before["text"], "protocol": before["protocol"], "before": before, "after": after} if before else None
+        return {
+            "report_version": REPORT_VERSION, "lissom_version": lissom.__version__, "created": _now(),
+            "model": {"source": self.recipe.model, "family": config.model_type,
+                      "dtype": str(model.dtype).removeprefix("torch."),
+                      "parameters": self.session.prunes[0]["total_parameters"] if self.session.prunes else None},
+            "recipe": self.recipe.to_dict(), "output": {"dir": str(self.output), "format": self.settings.format},
+            "prunes": self.session.prunes, "quality": quality, "size": packing, "speed": None, "kernels": None,
+            "provenance": {"model": self.recipe.model, "lissom": lissom.__version__,
+                           "recipe_fingerprint": self.recipe.fingerprint(),
+                           "calibration_text": self.recipe.data.source if self.recipe.data else None,
+                           "calibration_sha256": calibration.get("source_sha256"),
+                           "calibration_windows": calibration.get("samples"), "calibration_seq_len": calibration.get("seq_len"),
+                           "calibration_seed": calibration.get("seed")},
+            "environment": facts.environment(),
+        }
+
+    def _measure(self, report: dict[str, Any]) -> None:
+        """What the saved folder is worth on this machine."""
+        source = self.session.source
+        report["size"] = {"source_bytes": facts.weight_file_bytes(source),
+                          "output_bytes": facts.weight_file_bytes(self.output), **report["size"]}
+        if self.evaluation.tasks:
+            report["quality"] = {**(report["quality"] or {}), "tasks": self._tasks(source)}
+        if self.settings.format != "packed":
+            return
+        if self.evaluation.speed:
+            from lissom.benchmark import generation
+
+            self.emit({"event": "stage", "text": "timing dense against packed"})
+            options = generation.GenerationOptions(threads=self.recipe.threads, dtype=self.recipe.dtype, rounds=3)
+            report["speed"] = generation.run(source, packed=self.output, options=options, on_progress=self._say)
+        if self.evaluation.kernels:
+            report["kernels"] = self._kernels(report["model"]["dtype"])
+
+    def _tasks(self, source: Path) -> dict[str, Any]:
+        before = steps.measure_tasks(source, self.evaluation, self.session)
+        after = steps.measure_tasks(self.output, self.evaluation, self.session)
+        return {f"{task}, {metric}": {"before": value, "after": after[task][metric]}
+                for task, metrics in before.items() for metric, value in metrics.items()}
+
+    def _kernels(self, dtype: str) -> dict[str, Any]:
+        from lissom.benchmark import machine, sparse24
+
+        self.emit({"event": "stage", "text": "timing the kernels"})
+        return {"machine": machine.measure(), "rows": sparse24.run(quick=True, threads=1, dtypes=[dtype])}
+
+    def _say(self, line: str) -> None:
+        self.emit({"event": "stage", "text": line})
+
+    def _publish(self, report: dict[str, Any]) -> None:
+        """Put recipe, report and log into the output folder; then the state has served."""
+        write_text(self.output / "recipe.yaml", self.recipe.to_yaml())
+        if self.settings.report:
+            write_json(self.output / "lissom-report.json", report)
+            write_report(report, self.output / "lissom-report.html")
+        self.emit({"event": "done", "output": str(self.output), "seconds": report["seconds"]})
+        write_text(self.output / "log.jsonl", (self.state / "log.jsonl").read_text(encoding="utf-8"))
+        shutil.rmtree(self.state)
+
+
+def _run_steps(session: Session) -> list[dict[str, Any]]:
+    return [_timed(step.verb, lambda step=step: steps.VERBS[step.verb](session, step.settings))
+            for step in session.recipe.steps]
+
+
+def _timed(verb: str, work: Callable[[], Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    result = work()
+    return {"verb": verb, "seconds": time.perf_counter() - start, "result": result}
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

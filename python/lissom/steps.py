@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each step of a recipe does; everything the verbs and `lissom.compress` share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lissom import recipe as recipes
+from lissom.recipe import Recipe
+from lissom.reporting import facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Session:
+    """A run under way: the recipe, the model once it is loaded, and whom to tell."""
+
+    recipe: Recipe
+    emit: Callable[[Event], None]
+    state: Path | None = None
+    resume: bool = False
+    prunes: list[dict[str, Any]] = field(default_factory=list)
+    _model: PreTrainedModel | None = None
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the steps change, loaded on first use."""
+        if self._model is None:
+            import lissom.hf
+
+            source = self.source
+            self.emit({"event": "stage", "text": f"loading {source}"})
+            dtype = None if self.recipe.dtype == "auto" else self.recipe.dtype
+            self._model = lissom.hf.load_model(source, dtype=dtype)
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        if self._tokenizer is None:
+            import lissom.hf
+
+            self._tokenizer = lissom.hf.load_tokenizer(self.source)
+        return self._tokenizer
+
+    @property
+    def source(self) -> Path:
+        """The folder of the recipe's model."""
+        if self.recipe.model is None:
+            raise recipes.RecipeError("this step needs a model: name a folder with config.json and safetensors weights")
+        return facts.model_folder(self.recipe.model)
+
+    def release(self) -> None:
+        """Let go of the model, so that its memory can serve the next one."""
+        self._model = None
+
+
+def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
+    """Prune the session's model in place; finished blocks are kept in `session.state`."""
+    from lissom.pruning import prune_model
+
+    data = session.recipe.data
+
+    def tell(progress: Any) -> None:
+        errors = [layer.relative_error for layer in progress.layers if layer.relative_error is not None]
+        session.emit({"event": "progress", "step": "prune", "done": progress.block, "of": progress.blocks,
+                      "name": progress.name, "remaining_seconds": progress.remaining, "resumed": progress.resumed,
+                      "relative_error": sum(errors) / len(errors) if errors else None})
+
+    state = session.state / f"prune-{len(session.prunes)}" if session.state else None
+    report = prune_model(
+        session.model, pattern=step.pattern, method=step.method, data=_texts(data),
+        tokenizer=session.tokenizer if data else None, include=step.include, exclude=step.exclude,
+        damp=step.damp, strict=step.strict, state_dir=state, resume=session.resume and state is not None,
+        on_progress=tell, **({"samples": data.samples, "seq_len": data.seq_len, "seed": data.seed} if data else {}),
+    )
+    result = report.to_dict()
+    session.prunes.append(result)
+    return result
+
+
+def evaluate(session: Session, step: recipes.EvalStep) -> dict[str, Any]:
+    """Perplexity of the session's model, tasks of its folder."""
+    result: dict[str, Any] = {}
+    if step.perplexity is None and not step.tasks:
+        raise recipes.RecipeError("nothing to evaluate: name a text (--perplexity FILE) or tasks (--task NAME)")
+    if step.perplexity is not None:
+        result.update(measure_perplexity(session, step))
+    if step.tasks:
+        result["tasks"] = measure_tasks(session.source, step, session)
+    return result
+
+
+def measure_perplexity(session: Session, step: recipes.EvalStep) -> dict[str, Any]:
+    """Perplexity of the session's model as it is now, with its protocol in words."""
+    from lissom.evaluation import perplexity
+
+    text = Path(str(step.perplexity))
+    if not text.is_file():
+        raise FileNotFoundError(f"there is no text file {text}: name a .txt or .jsonl file")
+    session.emit({"event": "stage", "text": f"perplexity on {text.name}"})
+    found = perplexity(session.model, session.tokenizer, text, windows=step.windows, seq_len=step.seq_len,
+                       stride=step.stride)
+    return {**found.to_dict(), "text": str(text), "protocol": protocol(step)}
+
+
+def protocol(step: recipes.EvalStep) -> str:
+    """How perplexity was measured, in words.
+
+    Example:
+        >>> protocol(recipes.EvalStep(perplexity="t.txt"))
+        '8 windows of 1024 tokens'
+    """
+    if step.stride:
+        return f"sliding window of {step.seq_len} tokens, stride {step.stride}, whole text"
+    return f"{step.windows} windows of {step.seq_len} tokens"
+
+
+def measure_tasks(folder: Path, step: recipes.EvalStep, session: Session) -> dict[str, Any]:
+    """lm-eval scores of a model folder."""
+    from lissom.evaluation.harness import evaluate_tasks
+
+    session.emit({"event": "stage", "text": f"tasks {', '.join(step.tasks)} on {folder.name}"})
+    return evaluate_tasks(folder, step.tasks, limit=step.limit, dtype=session.recipe.dtype)
+
+
+def generate(session: Session, step: recipes.GenerateStep) -> dict[str, Any]:
+    """Continue a prompt; each piece of text is told as it comes."""
+    import torch
+
+    model, tokenizer = session.model, session.tokenizer
+    prompt = step.prompt
+    if step.chat:
+        if not tokenizer.chat_template:
+            raise ValueError(f"{session.recipe.model} has no chat template: leave --chat out")
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": step.prompt}], tokenize=False,
+                                               add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not step.chat)
+    torch.manual_seed(step.seed)
+    sampling = {"do_sample": True, "temperature": step.temperature} if step.temperature else {"do_sample": False}
+    streamer = _streamer(tokenizer, session.emit)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=step.max_new_tokens, streamer=streamer,
+                                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling)
+    seconds = time.perf_counter() - start
+    length = inputs["input_ids"].shape[1]
+    new = output.shape[1] - length
+    return {"prompt": step.prompt, "text": tokenizer.decode(output[0, length:], skip_special_tokens=True),
+            "prompt_tokens": length, "new_tokens": new, "seconds": seconds, "tokens_per_s": new / seconds}
+
+
+def bench(session: Session, step: recipes.Sparse24Bench | recipes.GenerationBench) -> Any:
+    """Time kernels, or a whole model."""
+    threads = session.recipe.threads
+
+    def say(line: str) -> None:
+        session.emit({"event": "stage", "text": line})
+
+    if isinstance(step, recipes.Sparse24Bench):
+        from lissom.benchmark import sparse24
+
+        return sparse24.run(quick=step.quick, threads=threads, dtypes=step.dtypes)
+    from lissom.benchmark import generation
+
+    options = generation.GenerationOptions(
+        prompt=step.prompt, new_tokens=step.new_tokens, rounds=step.rounds, threads=threads, compiled=step.compiled,
+        dtype=session.recipe.dtype, memory=step.memory)
+    model = step.shape or session.source
+    return generation.run(model, packed=step.packed, options=options, on_progress=say)
+
+
+def info(session: Session, step: recipes.InfoStep) -> dict[str, Any]:
+    """Versions, CPU, kernels."""
+    return facts.environment()
+
+
+def inspect(session: Session, step: recipes.InspectStep) -> dict[str, Any]:
+    """Blocks and linears, and what pruning could touch."""
+    return facts.inventory(session.source, pattern=step.pattern, include=step.include, exclude=step.exclude)
+
+
+def report(session: Session, step: recipes.ReportStep) -> dict[str, Any]:
+    """Render a folder's lissom-report.json again."""
+    import json
+
+    from lissom.reporting import write_report
+
+    source = Path(step.source)
+    file = source / "lissom-report.json" if source.is_dir() else source
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no report {file}: name a folder that lissom wrote, or its lissom-report.json")
+    page = write_report(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".html"))
+    return {"source": str(file), "page": str(page)}
+
+
+VERBS: dict[str, Callable[[Session, Any], Any]] = {
+    "prune": prune, "eval": evaluate, "generate": generate, "bench": bench, "info": info, "inspect": inspect,
+    "report": report,
+}
+
+
+def _texts(data: recipes.DataSpec | None) -> Any:
+    if data is None:
+        return None
+    from lissom.evaluation.data import read_texts
+
+    path = Path(data.source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no calibration text {data.source}: name a .txt or .jsonl file (--data FILE)")
+    return path if data.field == "text" else read_texts(path, field=data.field)[0]
+
+
+def _streamer(tokenizer: Any, emit: Callable[[Event], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Teller(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            emit({"event": "text", "text": text, "end": stream_end})
+
+    return Teller(tokenizer, skip_prompt=True, skip_special_tokens=True)
