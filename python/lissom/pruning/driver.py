@@ -66,7 +66,7 @@ def prune_model(
     scope: str | None = None,
     act_order: bool = False,
     strict: bool = True,
-    batch: int = 8,
+    batch: int | None = None,
     state_dir: str | PathLike[str] | None = None,
     resume: bool = False,
     on_progress: Callable[[BlockProgress], None] | None = None,
@@ -91,7 +91,7 @@ def prune_model(
             tokens.
         blocksize, scope, act_order: as for `prune_weight`.
         strict: raise for a chosen layer that cannot be pruned instead of leaving it with a reason.
-        batch: sequences per forward pass.
+        batch: sequences per forward pass; None: as many as make about 4096 tokens.
         state_dir: folder that keeps finished blocks.
         resume: go on from `state_dir`; the weights come out bit-equal to those of an uninterrupted run.
         on_progress: called after each block.
@@ -148,7 +148,7 @@ class _Plan:
     options: Options
     adapt_damp: bool
     calibration: Calibration | None
-    batch: int
+    batch: int | None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a later run must repeat to go on with this one's state."""
@@ -179,41 +179,45 @@ def _run(
     plan: _Plan, state: PruneState | None, on_progress: Callable[[BlockProgress], None] | None
 ) -> tuple[list[LayerReport], list[BlockReport]]:
     steps = plan.selection.steps
-    done = [None if state is None else state.load(number) for number in range(len(steps))]
-    open_steps = [number for number, step in enumerate(steps) if step.linears and done[number] is None]
-    stream = plan.stream() if open_steps else None
+    resumed = [state is not None and state.has(number) for number in range(len(steps))]
+    to_solve = [number for number, step in enumerate(steps) if step.linears and not resumed[number]]
+    stream = plan.stream() if to_solve else None
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
-    began = time.perf_counter()
     for number, step in enumerate(steps):
         clock = _Clock()
-        if done[number] is not None:
-            weights, reports = done[number]
-            _write(step.linears, weights)
-        else:
-            grams = _collect(plan, step, stream) if stream and step.linears else {}
-            clock.lap("collect")
-            reports, weights = _solve(plan, step, grams)
-            _write(step.linears, weights)
-            if state is not None:
-                state.save(number, weights, reports)
+        grams = _collect(plan, step, stream) if stream is not None and number in to_solve else {}
+        clock.lap("collect")
+        weights, reports = state.load(number) if resumed[number] else _solve(plan, step, grams)
+        _write(step.linears, weights)
+        if state is not None and number in to_solve:
+            state.save(number, weights, reports)
         clock.lap("solve")
-        if stream is not None and any(later > number for later in open_steps):
+        if stream is not None and number < to_solve[-1]:
             stream.advance()
         clock.lap("advance")
         layers += reports
         blocks.append(BlockReport(step.name, **clock.seconds))
         if on_progress is not None:
-            elapsed = time.perf_counter() - began
-            remaining = elapsed / (number + 1) * (len(steps) - number - 1)
-            resumed = done[number] is not None
-            seconds = blocks[-1].seconds
-            on_progress(
-                BlockProgress(
-                    number + 1, len(steps), step.name, seconds, elapsed, remaining, resumed, reports
-                )
-            )
+            on_progress(_progress(len(steps), blocks, resumed, reports))
     return layers, blocks
+
+
+def _progress(
+    steps: int, blocks: list[BlockReport], resumed: list[bool], layers: list[LayerReport]
+) -> BlockProgress:
+    solved = [block.seconds for block, skipped in zip(blocks, resumed) if not skipped]
+    done = len(blocks)
+    return BlockProgress(
+        block=done,
+        blocks=steps,
+        name=blocks[-1].name,
+        seconds=blocks[-1].seconds,
+        elapsed=sum(block.seconds for block in blocks),
+        remaining=sum(solved) / max(len(solved), 1) * resumed[done:].count(False),
+        resumed=resumed[done - 1],
+        layers=layers,
+    )
 
 
 def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
@@ -238,8 +242,8 @@ def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
 
 def _solve(
     plan: _Plan, step: Step, grams: dict[str, Gram]
-) -> tuple[list[LayerReport], dict[str, torch.Tensor]]:
-    reports, weights = [], {}
+) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
+    weights, reports = {}, []
     for group, linears in step.groups().items():
         began = time.perf_counter()
         gram = grams.pop(group, None)
@@ -262,7 +266,7 @@ def _solve(
         for linear, result in zip(linears, solved):
             reports.append(_report(plan, linear, result, seconds * linear.shape[0] / rows, dead))
             weights[linear.name] = result.weight
-    return reports, weights
+    return weights, reports
 
 
 def _damped(plan: _Plan, gram: Gram) -> Options:

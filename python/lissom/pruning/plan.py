@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..models.stream import BATCH_TOKENS
 from ..models.walk import ModelMap, describe
 from .pattern import Pattern
 from .report import PrunePlan
@@ -26,7 +27,7 @@ def plan_prune(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     strict: bool = True,
-    batch: int = 8,
+    batch: int | None = None,
 ) -> PrunePlan:
     """Say what `prune_model` with these arguments would touch, and estimate its memory and time.
 
@@ -45,6 +46,7 @@ def plan_prune(
     find_method(method)
     parts = describe(model)
     selection = select_linears(parts, pattern, include=include, exclude=exclude, strict=strict)
+    batch_tokens = min(samples * seq_len, batch * seq_len if batch else max(seq_len, BATCH_TOKENS))
     return PrunePlan(
         method=method,
         pattern=str(pattern),
@@ -52,7 +54,7 @@ def plan_prune(
         left=selection.left,
         touched_parameters=selection.touched_parameters,
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        peak_bytes=_peak_bytes(model, parts, selection, samples * seq_len, batch * seq_len),
+        peak_bytes=_peak_bytes(model, parts, selection, samples * seq_len, batch_tokens),
         estimated_seconds=_seconds(parts, selection, method, samples * seq_len, seq_len),
     )
 

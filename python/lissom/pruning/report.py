@@ -54,8 +54,8 @@ class BlockProgress:
         blocks: how many there are to do.
         name: the block that was just finished.
         seconds: time of this block.
-        elapsed: time since the first block began.
-        remaining: estimate for the rest, from the mean of the blocks solved so far.
+        elapsed: time of all finished blocks.
+        remaining: estimate for the blocks that are not resumed, from the mean of those solved so far.
         resumed: the block's weights came from `state_dir`.
         layers: reports of the block's layers.
     """

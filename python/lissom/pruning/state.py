@@ -47,15 +47,19 @@ class PruneState:
         if head.exists():
             if not resume:
                 raise FileExistsError(
-                    f"{self.folder} holds the state of an earlier run: resume=True goes on with it; or remove it"
+                    f"{self.folder} holds the state of an earlier run: go on with resume=True, or remove it"
                 )
             self._check(json.loads(head.read_text(encoding="utf-8")), fingerprint)
         else:
             text = json.dumps({"format": _FORMAT, **fingerprint}, indent=1)
             _write_atomically(head, text.encode())
 
-    def load(self, block: int) -> tuple[dict[str, torch.Tensor], list[LayerReport]] | None:
-        """The pruned weights and reports of a block, or None when it is not finished.
+    def has(self, block: int) -> bool:
+        """Whether a block is finished."""
+        return self._path(block).exists()
+
+    def load(self, block: int) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
+        """The pruned weights and reports of a finished block.
 
         Args:
             block: index of the block.
@@ -65,10 +69,7 @@ class PruneState:
         """
         from safetensors import safe_open
 
-        path = self._path(block)
-        if not path.exists():
-            return None
-        with safe_open(path, framework="pt") as file:
+        with safe_open(self._path(block), framework="pt") as file:
             reports = json.loads(file.metadata()["layers"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return weights, [LayerReport(**{**report, "shape": tuple(report["shape"])}) for report in reports]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from lissom.pruning.gram import Gram, inverse_factor, matmul_precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [1, 7, 600])
+def test_matrix_is_the_sum_over_all_batches(dtype, columns):
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.randn(3, n, columns, generator=random).to(dtype) for n in (1, 5, 40)]
+    gram = Gram(columns, "layer")
+    for batch in batches:
+        gram.add(batch)
+    tokens = torch.cat([batch.view(-1, columns) for batch in batches]).double()
+    matrix = gram.matrix(torch.float64)
+    # Products of 16-bit values are exact in float32; only the float32 sums over 120 tokens round.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert (matrix - tokens.t() @ tokens).abs().max() <= tolerance * matrix.diagonal().max()
+    assert torch.equal(matrix, matrix.t())
+    assert gram.tokens == len(tokens) == 138
+
+
+def test_masked_tokens_do_not_enter():
+    inputs = torch.randn(2, 4, 3)
+    mask = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool)
+    inputs.view(-1, 3)[~mask] = float("nan")
+    gram = Gram(3, "layer")
+    gram.add(inputs, mask)
+    kept = inputs.view(-1, 3)[mask]
+    torch.testing.assert_close(gram.matrix(), kept.t() @ kept)
+    assert gram.tokens == 5
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_non_finite_inputs_name_the_layer(value):
+    gram = Gram(3, "model.layers.7.mlp")
+    inputs = torch.randn(4, 3)
+    inputs[2, 1] = value
+    with pytest.raises(ValueError, match=r"model.layers.7.mlp: calibration inputs are infinite or NaN"):
+        gram.add(inputs)
+
+
+def test_wrong_width_and_no_tokens():
+    gram = Gram(3, "layer")
+    with pytest.raises(ValueError, match=r"inputs must be \[..., 3\], got \[2, 4\]"):
+        gram.add(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="no calibration token"):
+        gram.matrix()
+
+
+def test_float32_statistics_do_not_depend_on_the_users_matmul_setting():
+    inputs = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    results = []
+    for setting in ("highest", "medium"):
+        torch.set_float32_matmul_precision(setting)
+        try:
+            gram = Gram(48, "layer")
+            gram.add(inputs)
+            results.append(gram.matrix())
+            assert torch.get_float32_matmul_precision() == setting
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert torch.equal(*results)
+
+
+def test_precision_is_restored_after_an_error():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), matmul_precision("bf16"):
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("columns", [1, 2, 50])
+def test_factor_of_the_inverse(columns):
+    inputs = torch.randn(200, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = inputs.t() @ inputs
+    factor = inverse_factor(gram, 0.01, "layer")
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-12, atol=1e-16)
+    assert torch.equal(factor, factor.triu())
+    # diag(U)_j^2 is the corner of the inverse of the trailing matrix: the score that SparseGPT divides by.
+    for column in range(columns):
+        corner = torch.linalg.inv(damped[column:, column:])[0, 0]
+        torch.testing.assert_close(factor[column, column] ** 2, corner, rtol=1e-10, atol=0.0)
+
+
+def test_failed_factorisation_raises_the_damping_aloud():
+    gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
+    with pytest.warns(UserWarning, match=r"layer 3: Cholesky .* damp 0.01; trying 0.1"):
+        factor = inverse_factor(gram, 0.01, "layer 3")
+    torch.testing.assert_close(factor, inverse_factor(gram, 0.1, "layer 3"))
+
+
+def test_hopeless_matrix_is_an_error_not_an_identity():
+    with (
+        pytest.warns(UserWarning, match="trying 1"),
+        pytest.raises(ValueError, match="not positive definite"),
+    ):
+        inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01, "layer")
