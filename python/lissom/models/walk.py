@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -85,7 +85,7 @@ class LinearRef:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     group: str
     shared_with: str | None = None
 
@@ -93,9 +93,14 @@ class LinearRef:
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs) of the layer, whatever form the weight is stored in."""
         if _is_conv1d(self.module):
-            inputs, outputs = self.module.weight.shape
+            inputs, outputs = self.parameter.shape
             return outputs, inputs
-        return self.module.out_features, self.module.in_features
+        return int(self.module.out_features), int(self.module.in_features)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The weight as it is stored, in whatever form."""
+        return cast("torch.Tensor", self.module.weight)
 
     def weight(self) -> torch.Tensor:
         """The weight as a view `[out, in]` that shares memory with the model (Conv1D is transposed).
@@ -109,12 +114,12 @@ class LinearRef:
         reason = self.obstacle()
         if reason is not None:
             raise UnsupportedModelError(f"{self.name} has no dense weight to read: {reason}")
-        weight = self.module.weight.detach()
+        weight = self.parameter.detach()
         return weight.t() if _is_conv1d(self.module) else weight
 
     def obstacle(self) -> str | None:
         """Why the weight cannot be read or changed as a dense floating-point matrix, or None."""
-        weight = self.module.weight
+        weight = self.parameter
         stored = tuple(weight.shape[::-1]) if _is_conv1d(self.module) else tuple(weight.shape)
         if stored != self.shape or not weight.is_floating_point():
             found = f"{type(self.module).__name__} stores {list(weight.shape)} {weight.dtype}"
@@ -178,19 +183,20 @@ def describe(model: nn.Module) -> ModelMap:
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    family = FAMILIES.get(kind)
-    if family is None:
+    family = FAMILIES.get(kind) if kind else None
+    if kind is None or family is None:
         raise UnsupportedModelError(_refusal(model, kind))
     names = {id(module): name for name, module in model.named_modules()}
     base_model = getattr(model, "base_model", model)
     base = names[id(base_model)]
     holders = _parameter_holders(model)
     blocks = []
-    for index, module in enumerate(_child(base_model, family.blocks)):
+    stack: Any = base_model.get_submodule(family.blocks)
+    for index, module in enumerate(stack):
         name = _join(base, f"{family.blocks}.{index}")
         blocks.append(Block(name, module, _block_linears(name, module, family, holders)))
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    head_name = names.get(id(head))
+    head_name = names.get(id(head), "")
     return ModelMap(
         family=kind,
         base=base,
@@ -228,7 +234,7 @@ def _block_linears(
     return refs
 
 
-def _linear_ref(name: str, module: nn.Module, group: str, holders: dict[int, list[str]]) -> LinearRef:
+def _linear_ref(name: str, module: Any, group: str, holders: dict[int, list[str]]) -> LinearRef:
     weight = getattr(module, "weight", None)
     others = [holder for holder in holders.get(id(weight), []) if holder != name]
     return LinearRef(name, module, group, others[0] if others else None)
@@ -266,9 +272,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
+    found: Any = module
     for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
+        found = getattr(found, part, None)
+    return found
 
 
 def _join(base: str, path: str) -> str:

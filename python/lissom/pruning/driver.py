@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..evaluation.data import Calibration, read_calibration
-from ..models.stream import BlockStream
+from ..models.stream import BlockStream, Hook
 from ..models.walk import LinearRef, ModelMap, UnsupportedModelError, describe
 from .gram import Gram
 from .pattern import Pattern
@@ -132,7 +132,8 @@ def prune_model(
         calibration=calibration.provenance() if calibration else {},
         seconds=time.perf_counter() - began,
     )
-    model.config.lissom = _provenance(report)
+    config: Any = model.config
+    config.lissom = _provenance(report)
     return report
 
 
@@ -188,7 +189,9 @@ def _run(
         clock = _Clock()
         grams = _collect(plan, step, stream) if stream is not None and number in to_solve else {}
         clock.lap("collect")
-        weights, reports = state.load(number) if resumed[number] else _solve(plan, step, grams)
+        weights, reports = (
+            state.load(number) if state is not None and resumed[number] else _solve(plan, step, grams)
+        )
         _write(step.linears, weights)
         if state is not None and number in to_solve:
             state.save(number, weights, reports)
@@ -223,7 +226,7 @@ def _progress(
 def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
     """Gram matrices of the inputs of a step's layers, by group."""
     grams = {}
-    hooks = {}
+    hooks: dict[nn.Module, Hook] = {}
     for group, linears in step.groups().items():
         device = linears[0].weight().device
         grams[group] = Gram(linears[0].shape[1], group, device=device)

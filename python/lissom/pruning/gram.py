@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     Args:
         precision: "ieee" (true float32) or "bf16" (operands rounded to bfloat16, float32 sums; CPU only).
     """
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("mkldnn", "cuda")]
     before = [backend.fp32_precision for backend in backends]
     backends[0].fp32_precision = precision
     backends[1].fp32_precision = "ieee"

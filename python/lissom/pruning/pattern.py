@@ -115,15 +115,18 @@ def mark_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     Returns:
         Bool tensor [R, C], True where a weight is pruned.
     """
+    kept, group = pattern.kept, pattern.group
+    assert kept is not None
+    assert group is not None
     rows, columns = scores.shape
-    groups = scores.reshape(rows, columns // pattern.group, pattern.group)
+    groups = scores.reshape(rows, columns // group, group)
     # The rank of each score among its m neighbours, by comparisons: for m = 4 far cheaper than a sort of 4.
-    index = torch.arange(pattern.group, device=scores.device)
+    index = torch.arange(group, device=scores.device)
     rank = torch.zeros_like(groups, dtype=torch.int16)
-    for other in range(pattern.group):
+    for other in range(group):
         rival = groups[..., other : other + 1]
         rank += torch.where(index > other, rival <= groups, rival < groups)
-    return (rank < pattern.group - pattern.kept).reshape(rows, columns)
+    return (rank < group - kept).reshape(rows, columns)
 
 
 def mark(

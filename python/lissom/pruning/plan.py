@@ -64,7 +64,7 @@ def _peak_bytes(
 ) -> int:
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     first = parts.blocks[0].linears[0]
-    size = first.module.weight.element_size()
+    size = first.parameter.element_size()
     stream = tokens * first.shape[1] * size
     # One batch inside a block: about every linear's input and output, and one input widened to float32.
     forward = batch_tokens * max(
@@ -82,7 +82,7 @@ def _peak_bytes(
 
 
 def _seconds(parts: ModelMap, selection: Selection, method: str, tokens: int, seq_len: int) -> float:
-    weight = parts.blocks[0].linears[0].module.weight
+    weight = parts.blocks[0].linears[0].parameter
     forward_rate = _rate(weight.dtype)
     # Gram products of 16-bit inputs run at about half the speed of the model's own matmuls, never below
     # float32's.

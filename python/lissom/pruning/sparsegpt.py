@@ -33,6 +33,7 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
         raise ValueError(
             f"act_order reorders columns, which breaks the groups of pattern {pattern}; switch it off"
         )
+    assert problem.gram is not None, "prune_group checks it"
     gram = problem.gram.clone()
     dead = gram.diagonal() == 0
     gram.diagonal()[dead] = 1

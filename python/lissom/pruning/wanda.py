@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .pattern import mark
 from .problem import Problem, Solution
 
@@ -28,10 +30,11 @@ def prune_by_wanda(problem: Problem) -> Solution:
     Returns:
         The weights with zeros; what stays is unchanged.
     """
+    assert problem.gram is not None, "prune_group checks it"
     return _zero_lowest(problem, problem.weight.abs() * problem.gram.diagonal().sqrt(), scope="row")
 
 
-def _zero_lowest(problem: Problem, scores, *, scope: str) -> Solution:
+def _zero_lowest(problem: Problem, scores: torch.Tensor, *, scope: str) -> Solution:
     options = problem.options
     pruned = mark(
         scores, problem.pattern, scope=options.scope or scope, rows=problem.rows, block=options.blocksize
