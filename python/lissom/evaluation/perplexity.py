@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..models.stream import evaluating
 from .data import leading_token, read_texts, tokenize
 
 _LOSS_ROWS = 256  # tokens whose logits are widened to float32 at a time
@@ -74,26 +75,28 @@ def perplexity(
     Raises:
         ValueError: a text shorter than one window, or sizes out of range.
     """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 window, got {batch}")
     texts = [text] if isinstance(text, str) else read_texts(text)[0]
     stream = tokenize(texts, tokenizer)
-    spans = (
-        _sliding_spans(len(stream), seq_len, stride)
-        if stride
-        else _spread_spans(len(stream), seq_len, windows)
-    )
+    if stride is None:
+        spans = _spread_spans(len(stream), seq_len, windows)
+    else:
+        spans = _sliding_spans(len(stream), seq_len, stride)
     start = leading_token(tokenizer)
     began = time.perf_counter()
     total, scored, size = 0.0, 0, 0
-    for at in range(0, len(spans), batch):
-        rows = spans[at : at + batch]
-        ids = torch.stack([stream[span.low : span.low + seq_len] for span in rows])
-        if start is not None:
-            ids[:, 0] = start
-        for span, losses in zip(rows, token_losses(model, ids)):
-            total += losses[span.first - span.low - 1 :].sum(dtype=torch.float64).item()
-            tokens = stream[span.first : span.low + seq_len]
-            scored += len(tokens)
-            size += len(tokenizer.decode(tokens).encode())
+    with evaluating(model):
+        for at in range(0, len(spans), batch):
+            rows = spans[at : at + batch]
+            ids = torch.stack([stream[span.low : span.low + seq_len] for span in rows])
+            if start is not None:
+                ids[:, 0] = start
+            for span, losses in zip(rows, token_losses(model, ids)):
+                total += losses[span.first - span.low - 1 :].sum(dtype=torch.float64).item()
+                tokens = stream[span.first : span.low + seq_len]
+                scored += len(tokens)
+                size += len(tokenizer.decode(tokens).encode())
     nats = total / scored
     return PerplexityResult(
         perplexity=math.exp(nats) if nats < 700 else math.inf,
@@ -115,13 +118,8 @@ def token_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         Float32 tensor [B, T - 1], in nats, on the CPU.
     """
-    training = model.training
-    model.eval()
-    try:
-        ids = ids.to(next(model.parameters()).device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    finally:
-        model.train(training)
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     targets = ids[:, 1:]
     losses = [
         nn.functional.cross_entropy(
@@ -153,7 +151,7 @@ def _sliding_spans(length: int, seq_len: int, stride: int) -> list[_Span]:
     if not 1 <= stride < seq_len:
         raise ValueError(f"stride must be at least 1 and below seq_len = {seq_len}, got {stride}")
     _check_length(length, seq_len)
-    spans = [_Span(0, 1)]
+[_Span(0, 1)]
     while (end := spans[-1].low + seq_len) < length:
         # The last window ends with the text, so that it has the full context like the others.
         spans.append(_Span(min(spans[-1].low + stride, length - seq_len), end))

@@ -19,6 +19,18 @@ Hook = Callable[[torch.Tensor, torch.Tensor | None], None]
 BATCH_TOKENS = 4096
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (dropout off) for a while; each module's own mode comes back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class _Stop(Exception):
     """Leaves a forward pass whose remaining work is not needed."""
 

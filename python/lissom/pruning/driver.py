@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from ..evaluation.data import Calibration, read_calibration
-from ..models.stream import BlockStream, Hook
+from ..models.stream import BlockStream, Hook, evaluating
 from ..models.walk import LinearRef, ModelMap, UnsupportedModelError, describe
 from .gram import Gram
 from .pattern import Pattern
@@ -119,7 +118,7 @@ def prune_model(
         raise ValueError(f"method {method!r} needs calibration data; got data=None")
     plan = _Plan(model, parts, selection, pattern, method, options, damp is None, calibration, batch)
     state = None if state_dir is None else PruneState(state_dir, plan.fingerprint(), resume=resume)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         layers, blocks = _run(plan, state, on_progress)
     report = PruneReport(
         method=method,
@@ -336,15 +335,3 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[f"{name}_seconds"] = now - self._last
         self._last = now
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and everything else of eval mode, each module's own mode restored at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

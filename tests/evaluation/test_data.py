@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+import hashlib
+import json
+
+import pytest
+import torch
+
+from lissom.evaluation.data import calibration_windows, leading_token, read_calibration
+
+TEXT = "".join(f"{number} " for number in range(2000))  # every stretch of it is unique
+
+
+def _text_of(row, tokenizer):
+    return tokenizer.decode(row[1:] if leading_token(tokenizer) is not None else row)
+
+
+def test_windows_are_stretches_of_the_text(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    windows = calibration_windows(path, tokenizer, samples=20, seq_len=64, seed=3)
+    assert windows.shape == (20, 64)
+    assert windows.dtype == torch.long
+    places = [TEXT.index(_text_of(row, tokenizer)) for row in windows]
+    assert all(abs(a - b) >= 64 for i, a in enumerate(places) for b in places[:i])  # none overlap
+    assert len({place % 64 for place in places}) == 1
+    if leading_token(tokenizer) is not None:
+        assert (windows[:, 0] == tokenizer.bos_token_id).all()
+
+
+def test_draw_depends_on_the_seed_only(tokenizer):
+    draw = [calibration_windows([TEXT], tokenizer, samples=8, seq_len=32, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+def test_short_text_is_sampled_with_overlap(tokenizer):
+    windows = calibration_windows([TEXT[:100]], tokenizer, samples=30, seq_len=64)
+    assert windows.shape == (30, 64)
+    assert all(_text_of(row, tokenizer) in TEXT[:100] for row in windows)
+
+
+def test_texts_are_joined_by_the_end_token(tokenizer):
+    windows = calibration_windows(["ab", "cd"], tokenizer, samples=1, seq_len=5)
+    start = leading_token(tokenizer)
+    expected = tokenizer("ab", add_special_tokens=False)["input_ids"] + [2]
+    expected += tokenizer("cd", add_special_tokens=False)["input_ids"]
+    if start is not None:
+        expected[0] = start
+    assert windows.tolist() == [expected]
+
+
+def test_jsonl_and_provenance(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"id": i, "story": TEXT[i * 500 :][:500]}) for i in range(4)]
+    path.write_text("\n".join(lines) + "\n\n")
+    found = read_calibration(path, tokenizer, samples=3, seq_len=100, seed=5, field="story")
+    assert found.tokens.shape == (3, 100)
+    assert found.provenance() == {
+        "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "samples": 3,
+        "seq_len": 100,
+        "seed": 5,
+    }
+
+
+def test_tokens_pass_as_they_are():
+    tokens = torch.arange(12).view(3, 4)
+    assert calibration_windows(tokens) is tokens
+    found = read_calibration({"input_ids": tokens, "attention_mask": torch.ones(3, 4)})
+    assert found.mask is None  # nothing is padded
+    assert found.provenance()["seed"] is None
+    assert found.source_sha256 != read_calibration(tokens + 1).source_sha256
+
+
+@pytest.mark.parametrize(
+    "content, name, sentence",
+    [
+        ("x" * 50, "a.txt", "has 50 tokens, fewer than one window of 64"),
+        ("", "a.txt", "holds no text"),
+        ("x" * 500, "a.csv", "must be a .txt or .jsonl file"),
+        ('{"text": "a"}\n{"body": "b"}', "a.jsonl", r"a.jsonl:2 has no text under 'text' \(it has: body\)"),
+        ('{"text": 3}', "a.jsonl", "a.jsonl:1 has no text"),
+        ("[1]", "a.jsonl", "a.jsonl:1 has no text"),
+        ('{"text": "a"', "a.jsonl", "a.jsonl:1 is not JSON"),
+    ],
+)
+def test_files_that_cannot_be_used(tokenizer, tmp_path, content, name, sentence):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        calibration_windows(path, tokenizer, samples=2, seq_len=64)
+
+
+def test_other_rejections(tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        calibration_windows(tmp_path / "none.txt", tokenizer)
+    with pytest.raises(ValueError, match="list of texts"):
+        calibration_windows([], tokenizer)
+    with pytest.raises(ValueError, match="list of texts"):
+        calibration_windows([b"bytes"], tokenizer)
+    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+        calibration_windows([TEXT])
+    with pytest.raises(ValueError, match="samples >= 1 and seq_len >= 2, got 0"):
+        calibration_windows([TEXT], tokenizer, samples=0)
+    with pytest.raises(ValueError, match=r"LongTensor \[S, T\], got \[4\]"):
+        calibration_windows(torch.arange(4))
