@@ -59,7 +59,7 @@ install_chromium() { # only for the report's browser test, which is skipped with
   fi
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -q "$@"; }
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -qq "$@"; }
 
 install_torch() { # keeps a torch that the venv already has
   if "$venv/bin/python" -c 'import torch' 2> /dev/null; then return; fi
@@ -85,7 +85,7 @@ stamp() { # changes with everything that the installed package depends on, and w
 
 install_lissom() {
   local want=$1
-  say "building and installing lissom"
+  say "building and installing lissom (a few minutes the first time)"
   pip_install --upgrade 'pip>=23'
   pip_install -e '.[dev,plots]' || die "lissom does not build; the compiler's message is above"
   "$venv/bin/python" -c 'import lissom; lissom.build_info()' || die "lissom was installed but does not import"
