@@ -40,7 +40,7 @@ def _reference_sparsegpt(weight, gram, pattern, damp=0.01, block=128):
 def test_sparsegpt_equals_its_definition(layer, pattern, block):
     weight, gram = layer(48, rows=9, tokens=300)
     expected = _reference_sparsegpt(weight, gram, Pattern.parse(pattern), block=block)
-    pruned = prune_weight(weight, gram, pattern=pattern, method="sparsegpt", blocksize=block)
+    pruned = prune_weight(weight, gram, pattern=pattern, method="sparsegpt", options=Options(blocksize=block))
     torch.testing.assert_close(pruned, expected, rtol=1e-9, atol=1e-11)
     assert torch.equal(pruned == 0, expected == 0)
 
@@ -61,7 +61,7 @@ def test_single_removal_is_the_obs_step(layer):
     weight[:, 0] *= 1e-3
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(40, dtype=gram.dtype)
     inverse = torch.linalg.inv(damped)
-    pruned = prune_weight(weight, gram, pattern=1 / 40, method="sparsegpt", scope="row")
+    pruned = prune_weight(weight, gram, pattern=1 / 40, method="sparsegpt", options=Options(scope="row"))
     expected = weight - weight[:, :1] / inverse[0, 0] * inverse[0]
     expected[:, 0] = 0
     torch.testing.assert_close(pruned, expected, rtol=1e-10, atol=1e-13)
@@ -99,16 +99,13 @@ def test_masks_are_exact_under_ties(data):
     gram = torch.eye(columns)
     dead = data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns))
     gram.diagonal()[torch.tensor(dead)] = 0
-    options = Options()
-    (grouped,) = prune_group(
-        [weight], gram, pattern=Pattern.parse(f"{kept}:{group}"), method=method, options=options
-    )
+    (grouped,) = prune_group([weight], gram, pattern=Pattern.parse(f"{kept}:{group}"), method=method)
     if kept < group:
         assert (grouped.mask.view(rows, -1, group).sum(-1) == group - kept).all()
         assert (grouped.weight[grouped.mask] == 0).all()
         assert not torch.signbit(grouped.weight[grouped.mask]).any()
     share = Pattern.parse(data.draw(st.sampled_from(["50%", "33%", "90%"])))
-    (loose,) = prune_group([weight], gram, pattern=share, method=method, options=options)
+    (loose,) = prune_group([weight], gram, pattern=share, method=method)
     expected = rows * share.count(columns) if method == "wanda" else share.count(rows * columns)
     assert loose.mask.sum() == expected
 
@@ -120,9 +117,7 @@ def test_dead_inputs_go_first_and_count(layer):
     gram[dead] = 0
     gram[:, dead] = 0
     for pattern in ("2:4", "50%"):
-        (result,) = prune_group(
-            [weight], gram, pattern=Pattern.parse(pattern), method="sparsegpt", options=Options()
-        )
+        (result,) = prune_group([weight], gram, pattern=Pattern.parse(pattern), method="sparsegpt")
         assert result.mask[:, dead].all()
         assert torch.isfinite(result.weight).all()
         if pattern == "2:4":
@@ -136,9 +131,7 @@ def test_group_equals_its_members_alone(layer):
     parts = list(weight.split([4, 12, 8]))
     for method in METHODS:
         for pattern in ("2:4", "50%"):
-            together = prune_group(
-                parts, gram, pattern=Pattern.parse(pattern), method=method, options=Options()
-            )
+            together = prune_group(parts, gram, pattern=Pattern.parse(pattern), method=method)
             for part, result in zip(parts, together):
                 alone = prune_weight(part, gram, pattern=pattern, method=method)
                 torch.testing.assert_close(result.weight, alone, rtol=1e-10, atol=1e-12)
@@ -172,9 +165,7 @@ def test_inputs_are_not_changed_and_scale_of_gram_does_not_matter(layer, method)
 def test_error_is_that_of_the_stored_weight(layer, dtype):
     weight, gram = layer(64, rows=16, tokens=300)
     weight = weight.to(dtype)
-    (result,) = prune_group(
-        [weight], gram.float(), pattern=Pattern.parse("2:4"), method="sparsegpt", options=Options()
-    )
+    (result,) = prune_group([weight], gram.float(), pattern=Pattern.parse("2:4"), method="sparsegpt")
     assert result.weight.dtype == dtype
     assert result.relative_error == pytest.approx(relative_error(weight, result.weight, gram), rel=1e-4)
     exact = prune_weight(weight.double(), gram, pattern="2:4", method="sparsegpt")
@@ -195,18 +186,19 @@ def test_act_order_undoes_its_permutation(layer):
     expected[:, order] = prune_weight(
         weight[:, order], gram[order][:, order], pattern="50%", method="sparsegpt"
     )
-    pruned = prune_weight(weight, gram, pattern="50%", method="sparsegpt", act_order=True)
+    pruned = prune_weight(weight, gram, pattern="50%", method="sparsegpt", options=Options(act_order=True))
     torch.testing.assert_close(pruned, expected)
     assert not torch.equal(pruned, prune_weight(weight, gram, pattern="50%", method="sparsegpt"))
 
 
 def test_solves_ignore_the_users_matmul_setting(layer):
     weight, gram = layer(64, rows=64, tokens=400, dtype=torch.float32)
-    expected = prune_weight(weight, gram, pattern="2:4", method="sparsegpt", blocksize=16)
+    expected = prune_weight(weight, gram, pattern="2:4", method="sparsegpt", options=Options(blocksize=16))
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(
-            prune_weight(weight, gram, pattern="2:4", method="sparsegpt", blocksize=16), expected
+            prune_weight(weight, gram, pattern="2:4", method="sparsegpt", options=Options(blocksize=16)),
+            expected,
         )
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -241,13 +233,26 @@ NEGATIVE[2, 2] = -1
             "method must be one of magnitude, wanda, sparsegpt, got 'obd'",
         ),
         (torch.zeros(4, 8), EYE, {"damp": -0.1}, r"damp must lie in \[0, 1\], got -0.1"),
-        (torch.zeros(4, 8), EYE, {"blocksize": 0}, "blocksize must be at least 1"),
-        (torch.zeros(4, 8), EYE, {"scope": "model"}, "scope must be"),
-        (torch.zeros(4, 8), EYE, {"scope": "layer", "pattern": "50%"}, "sparsegpt takes 'row' or 'block'"),
-        (torch.zeros(4, 8), EYE, {"act_order": True}, "act_order .* breaks the groups of pattern 2:4"),
+        (torch.zeros(4, 8), EYE, {"options": {"blocksize": 0}}, "blocksize must be at least 1"),
+        (torch.zeros(4, 8), EYE, {"options": {"scope": "model"}}, "scope must be"),
+        (
+            torch.zeros(4, 8),
+            EYE,
+            {"options": {"scope": "layer"}, "pattern": "50%"},
+            "sparsegpt takes 'row' or 'block'",
+        ),
+        (
+            torch.zeros(4, 8),
+            EYE,
+            {"options": {"act_order": True}},
+            "act_order .* breaks the groups of pattern 2:4",
+        ),
         (torch.zeros(4, 8), EYE, {"pattern": 1.5}, "pruned share must be at least 0 and below 1"),
     ],
 )
 def test_rejections(weight, gram, arguments, sentence):
+    arguments = dict(arguments)
+    choices = arguments.pop("options", {})
+    arguments = {"pattern": "2:4", "method": "sparsegpt", **arguments}
     with pytest.raises(ValueError, match=sentence):
-        prune_weight(weight, gram, **{"pattern": "2:4", "method": "sparsegpt", **arguments})
+        prune_weight(weight, gram, options=Options(**choices), **arguments)

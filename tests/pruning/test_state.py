@@ -73,7 +73,7 @@ def test_state_of_an_earlier_run_is_not_overwritten(tmp_path):
     "change, sentence",
     [
         ({"pattern": "1:4"}, "the arguments changed .pattern was '2:4', is '1:4'"),
-        ({"damp": 0.02}, "damp was 0.01, is 0.02"),
+        ({"damp": 0.02}, "damp was None, is 0.02"),
         ({"exclude": ["re:.*q_proj"]}, "the arguments changed .layers was"),
         ({"data": IDS.flip(0)}, "the data changed .digest was"),
         ({"model": "other weights"}, "the model changed .digest was"),
@@ -122,7 +122,7 @@ on_progress=on_progress)
 
 def test_killed_run_goes_on_to_the_same_bits(tmp_path, expected):
     draw = random.Random()
-    block, delay = draw.randint(1, 5), draw.uniform(0, 0.04)
+    block, delay = draw.randint(1, 4), draw.uniform(0, 0.04)
     print(f"killed after block {block} and {delay:.4f} s")  # shown by pytest when the test fails
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, tmp_path, str(torch.get_num_threads())],
@@ -137,7 +137,7 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path, expected):
     assert child.wait() == -signal.SIGKILL
     child.stdout.close()
     finished = len(list(tmp_path.glob("block-*.safetensors")))
-    assert block <= finished < 6
+    assert block <= finished <= 6
     model = _model()
     prune_model(model, state_dir=tmp_path, resume=True, **ARGUMENTS)
     _assert_same_bits(model, expected)

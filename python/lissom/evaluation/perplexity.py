@@ -79,10 +79,7 @@ def perplexity(
         raise ValueError(f"batch must be at least 1 window, got {batch}")
     texts = [text] if isinstance(text, str) else read_texts(text)[0]
     stream = tokenize(texts, tokenizer)
-    if stride is None:
-        spans = _spread_spans(len(stream), seq_len, windows)
-    else:
-        spans = _sliding_spans(len(stream), seq_len, stride)
+    spans = _spans(len(stream), windows, seq_len, stride)
     start = leading_token(tokenizer)
     began = time.perf_counter()
     total, scored, size = 0.0, 0, 0
@@ -139,27 +136,20 @@ class _Span(NamedTuple):
     first: int
 
 
-def _spread_spans(length: int, seq_len: int, windows: int) -> list[_Span]:
+def _spans(length: int, windows: int, seq_len: int, stride: int | None) -> list[_Span]:
     if windows < 1 or seq_len < 2:
         raise ValueError(f"perplexity needs windows >= 1 and seq_len >= 2, got {windows} and {seq_len}")
-    _check_length(length, seq_len)
-    step = (length - seq_len) // (windows - 1) if windows > 1 else 0
-    return [_Span(index * step, index * step + 1) for index in range(windows)]
-
-
-def _sliding_spans(length: int, seq_len: int, stride: int) -> list[_Span]:
-    if not 1 <= stride < seq_len:
-        raise ValueError(f"stride must be at least 1 and below seq_len = {seq_len}, got {stride}")
-    _check_length(length, seq_len)
-[_Span(0, 1)]
-    while (end := spans[-1].low + seq_len) < length:
-        # The last window ends with the text, so that it has the full context like the others.
-        spans.append(_Span(min(spans[-1].low + stride, length - seq_len), end))
-    return spans
-
-
-def _check_length(length: int, seq_len: int) -> None:
     if length < seq_len:
         raise ValueError(
             f"the text has {length} tokens, fewer than one window of {seq_len}; pass a smaller seq_len"
         )
+    if stride is None:
+        step = (length - seq_len) // (windows - 1) if windows > 1 else 0
+        return [_Span(index * step, index * step + 1) for index in range(windows)]
+    if not 1 <= stride < seq_len:
+        raise ValueError(f"stride must be at least 1 and below seq_len = {seq_len}, got {stride}")
+    spans = [_Span(0, 1)]
+    while (end := spans[-1].low + seq_len) < length:
+        # The last window ends with the text, so that it has the full context like the others.
+        spans.append(_Span(min(spans[-1].low + stride, length - seq_len), end))
+    return spans

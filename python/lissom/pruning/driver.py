@@ -6,14 +6,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..evaluation.data import Calibration, read_calibration
+from ..evaluation.data import Calibration, Source, read_calibration
 from ..models.stream import BlockStream, Hook, evaluating
 from ..models.walk import LinearRef, ModelMap, UnsupportedModelError, describe
 from .gram import Gram
@@ -41,8 +41,7 @@ def prune(model: nn.Module, **arguments: Any) -> nn.Module:
         ValueError: as for `prune_model`.
 
     Example:
-        >>> model = prune(model, pattern="2:4", method="sparsegpt", data="text.txt", tokenizer=tok)  #
-        doctest: +SKIP
+        >>> model = prune(model, pattern="2:4", method="wanda", data=texts, tokenizer=tok)  # doctest: +SKIP
     """
     prune_model(model, **arguments)
     return model
@@ -53,7 +52,7 @@ def prune_model(
     *,
     pattern: str | float | Pattern,
     method: str,
-    data: str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    data: Source | None = None,
     tokenizer: Any = None,
     samples: int = 64,
     seq_len: int = 1024,
@@ -61,38 +60,26 @@ def prune_model(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     damp: float | None = None,
-    blocksize: int = 128,
-    scope: str | None = None,
-    act_order: bool = False,
+    options: Options | None = None,
     strict: bool = True,
     batch: int | None = None,
     state_dir: str | PathLike[str] | None = None,
     resume: bool = False,
     on_progress: Callable[[BlockProgress], None] | None = None,
 ) -> PruneReport:
-    """Prune the linear layers of a model in place, one block at a time.
-
-    Embeddings, norms and the output layer stay as they are (the output layer is pruned when `include` names
-    it).
+    """Prune the linear layers of a model in place, block by block; embeddings, norms and output layer stay.
 
     Args:
         model: a transformers causal language model with dense floating-point weights, on one device.
-        pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned).
-        method: "magnitude", "wanda" or "sparsegpt".
-        data: calibration text: path to .txt or .jsonl, list of texts, LongTensor [S, T] of tokens, or a
-            mapping with `input_ids` and `attention_mask`. Magnitude needs none (then no error is reported).
-        tokenizer: the model's tokenizer, for text.
-        samples: windows drawn from text.
-        seq_len: tokens per window.
-        seed: of the draw.
-        include, exclude: module names or `re:<regex>`; exclude wins.
-        damp: share of the mean diagonal added to H; None: 0.01, or 0.1 for a layer with fewer than 2 C
-            tokens.
-        blocksize, scope, act_order: as for `prune_weight`.
+        pattern, method, options: as for `prune_weight`.
+        data, tokenizer, samples, seq_len, seed: calibration, as for `lissom.evaluation.calibration_windows`,
+            or a mapping with `input_ids` and `attention_mask` [S, T]. Only magnitude can do without.
+        include, exclude: module names or `re:<regex>`; exclude wins. Naming the output layer includes it.
+        damp: share of mean(diag(H)) added to H; None: 0.01, or 0.1 for a layer with fewer than 2 C tokens.
         strict: raise for a chosen layer that cannot be pruned instead of leaving it with a reason.
         batch: sequences per forward pass; None: as many as make about 4096 tokens.
         state_dir: folder that keeps finished blocks.
-        resume: go on from `state_dir`; the weights come out bit-equal to those of an uninterrupted run.
+        resume: go on from `state_dir` to the same bits that an uninterrupted run gives.
         on_progress: called after each block.
 
     Returns:
@@ -103,41 +90,22 @@ def prune_model(
         ValueError: arguments, data or weights that cannot be used; the sentence says which.
     """
     began = time.perf_counter()
-    pattern = Pattern.parse(pattern)
-    find_method(method)
-    options = Options(0.01 if damp is None else damp, blocksize, scope, act_order)
-    if resume and state_dir is None:
-        raise ValueError("resume=True needs state_dir, the folder of the run to go on with")
+    parsed = Pattern.parse(pattern)
     parts = describe(model)
-    selection = select_linears(parts, pattern, include=include, exclude=exclude, strict=strict)
-    _check_dense(model, selection)
+    selection = select_linears(parts, parsed, include=include, exclude=exclude, strict=strict)
+    _check(model, selection, method, has_data=data is not None)
     calibration = None
     if data is not None:
         calibration = read_calibration(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    elif method != "magnitude":
-        raise ValueError(f"method {method!r} needs calibration data; got data=None")
-    plan = _Plan(model, parts, selection, pattern, method, options, damp is None, calibration, batch)
-    state = None if state_dir is None else PruneState(state_dir, plan.fingerprint(), resume=resume)
+    run = _Run(model, parts, selection, parsed, method, damp, options or Options(), calibration, batch)
+    state = _open_state(run, state_dir, resume)
     with evaluating(model), torch.no_grad():
-        layers, blocks = _run(plan, state, on_progress)
-    report = PruneReport(
-        method=method,
-        pattern=str(pattern),
-        layers=layers,
-        left=selection.left,
-        blocks=blocks,
-        touched_parameters=selection.touched_parameters,
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        calibration=calibration.provenance() if calibration else {},
-        seconds=time.perf_counter() - began,
-    )
-    config: Any = model.config
-    config.lissom = _provenance(report)
-    return report
+        layers, blocks = _prune_steps(run, state, on_progress)
+    return _conclude(run, layers, blocks, time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Run:
     """Everything that decides the result of a run."""
 
     model: nn.Module
@@ -145,8 +113,8 @@ class _Plan:
     selection: Selection
     pattern: Pattern
     method: str
+    damp: float | None
     options: Options
-    adapt_damp: bool
     calibration: Calibration | None
     batch: int | None
 
@@ -155,8 +123,8 @@ class _Plan:
         arguments = {
             "pattern": str(self.pattern),
             "method": self.method,
+            "damp": self.damp,
             **asdict(self.options),
-            "adapt_damp": self.adapt_damp,
             "batch": self.batch,
             "layers": [linear.name for linear in self.selection.linears()],
         }
@@ -175,21 +143,21 @@ class _Plan:
         )
 
 
-def _run(
-    plan: _Plan, state: PruneState | None, on_progress: Callable[[BlockProgress], None] | None
+def _prune_steps(
+    run: _Run, state: PruneState | None, on_progress: Callable[[BlockProgress], None] | None
 ) -> tuple[list[LayerReport], list[BlockReport]]:
-    steps = plan.selection.steps
+    steps = run.selection.steps
     resumed = [state is not None and state.has(number) for number in range(len(steps))]
     to_solve = [number for number, step in enumerate(steps) if step.linears and not resumed[number]]
-    stream = plan.stream() if to_solve else None
+    stream = run.stream() if to_solve else None
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
     for number, step in enumerate(steps):
         clock = _Clock()
-        grams = _collect(plan, step, stream) if stream is not None and number in to_solve else {}
+        grams = _collect(run, step, stream) if stream is not None and number in to_solve else {}
         clock.lap("collect")
         weights, reports = (
-            state.load(number) if state is not None and resumed[number] else _solve(plan, step, grams)
+            state.load(number) if state is not None and resumed[number] else _solve(run, step, grams)
         )
         _write(step.linears, weights)
         if state is not None and number in to_solve:
@@ -222,7 +190,7 @@ def _progress(
     )
 
 
-def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
+def _collect(run: _Run, step: Step, stream: BlockStream) -> dict[str, Gram]:
     """Gram matrices of the inputs of a step's layers, by group."""
     grams = {}
     hooks: dict[nn.Module, Hook] = {}
@@ -230,8 +198,8 @@ def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
         device = linears[0].weight().device
         grams[group] = Gram(linears[0].shape[1], group, device=device)
         hooks[linears[0].module] = grams[group].add
-    if step.linears[0] is plan.parts.head:
-        tail = [plan.model.get_submodule(name) for name in plan.parts.tail]
+    if step.linears[0] is run.parts.head:
+        tail = [run.model.get_submodule(name) for name in run.parts.tail]
         (gram,) = grams.values()
         for hidden, mask in stream.batches():
             for module in tail:
@@ -243,51 +211,52 @@ def _collect(plan: _Plan, step: Step, stream: BlockStream) -> dict[str, Gram]:
 
 
 def _solve(
-    plan: _Plan, step: Step, grams: dict[str, Gram]
+    run: _Run, step: Step, grams: dict[str, Gram]
 ) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
     weights, reports = {}, []
     for group, linears in step.groups().items():
         began = time.perf_counter()
         gram = grams.pop(group, None)
-        matrix, options, dead = None, plan.options, 0
+        matrix, damp, dead = None, 0.0, 0
         if gram is not None:
             dtype = torch.float64 if linears[0].weight().dtype == torch.float64 else torch.float32
             matrix = gram.matrix(dtype)
             dead = int((matrix.diagonal() == 0).sum())
-            options = _damped(plan, gram)
+            damp = _damping(run, gram)
         solved = prune_group(
             [linear.weight() for linear in linears],
             matrix,
-            pattern=plan.pattern,
-            method=plan.method,
-            options=options,
+            pattern=run.pattern,
+            method=run.method,
+            damp=damp,
+            options=run.options,
             name=group,
         )
         seconds = time.perf_counter() - began
         rows = sum(linear.shape[0] for linear in linears)
         for linear, result in zip(linears, solved):
-            reports.append(_report(plan, linear, result, seconds * linear.shape[0] / rows, dead))
+            reports.append(_report(run, linear, result, seconds * linear.shape[0] / rows, dead))
             weights[linear.name] = result.weight
     return weights, reports
 
 
-def _damped(plan: _Plan, gram: Gram) -> Options:
-    """The options with the damping that suits the number of tokens."""
-    columns = len(gram)
-    if plan.method != "sparsegpt" or gram.tokens >= 2 * columns:
-        return plan.options
-    few = f"{gram.name}: {gram.tokens} calibration tokens for {columns} inputs (fewer than 2 per input)"
-    if not plan.adapt_damp:
+def _damping(run: _Run, gram: Gram) -> float:
+    """The damping asked for, or the one that suits the number of tokens."""
+    usual = 0.01 if run.damp is None else run.damp
+    if run.method != "sparsegpt" or gram.tokens >= 2 * len(gram):
+        return usual
+    few = f"{gram.name}: {gram.tokens} calibration tokens for {len(gram)} inputs (fewer than 2 per input)"
+    if run.damp is not None:
         warnings.warn(f"{few}; more tokens or damp={_FEW_TOKENS_DAMP} would generalise better", stacklevel=2)
-        return plan.options
+        return usual
     warnings.warn(f"{few}; damp raised to {_FEW_TOKENS_DAMP}", stacklevel=2)
-    return replace(plan.options, damp=_FEW_TOKENS_DAMP)
+    return _FEW_TOKENS_DAMP
 
 
-def _report(plan: _Plan, linear: LinearRef, result: Pruned, seconds: float, dead: int) -> LayerReport:
+def _report(run: _Run, linear: LinearRef, result: Pruned, seconds: float, dead: int) -> LayerReport:
     sparsity = result.mask.sum().item() / result.mask.numel()
     return LayerReport(
-        linear.name, linear.shape, str(plan.pattern), sparsity, result.relative_error, seconds, dead
+        linear.name, linear.shape, str(run.pattern), sparsity, result.relative_error, seconds, dead
     )
 
 
@@ -296,18 +265,44 @@ def _write(linears: Sequence[LinearRef], weights: Mapping[str, torch.Tensor]) ->
         linear.weight().copy_(weights[linear.name])
 
 
-def _check_dense(model: nn.Module, selection: Selection) -> None:
-    quantised = getattr(model.config, "quantization_config", None)
-    if quantised is not None:
+def _check(model: nn.Module, selection: Selection, method: str, *, has_data: bool) -> None:
+    find_method(method)
+    if not has_data and method != "magnitude":
+        raise ValueError(f"method {method!r} needs calibration data; got data=None")
+    if getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "the model is quantised or packed (config.quantization_config): prune the dense one"
         )
     for linear in selection.linears():
-        weight = linear.weight()
-        if weight.is_meta:
+        if linear.weight().is_meta:
             raise UnsupportedModelError(
                 f"{linear.name} is on the meta device and holds no values; load the model first"
             )
+
+
+def _open_state(run: _Run, state_dir: str | PathLike[str] | None, resume: bool) -> PruneState | None:
+    if state_dir is None:
+        if resume:
+            raise ValueError("resume=True needs state_dir, the folder of the run to go on with")
+        return None
+    return PruneState(state_dir, run.fingerprint(), resume=resume)
+
+
+def _conclude(run: _Run, layers: list[LayerReport], blocks: list[BlockReport], seconds: float) -> PruneReport:
+    report = PruneReport(
+        method=run.method,
+        pattern=str(run.pattern),
+        layers=layers,
+        left=run.selection.left,
+        blocks=blocks,
+        touched_parameters=run.selection.touched_parameters,
+        total_parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        calibration=run.calibration.provenance() if run.calibration else {},
+        seconds=seconds,
+    )
+    config: Any = run.model.config
+    config.lissom = _provenance(report)
+    return report
 
 
 def _provenance(report: PruneReport) -> dict[str, Any]:

@@ -13,24 +13,21 @@ from .pattern import Pattern
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose about a method.
+    """What a user may choose about a method beyond the usual.
 
     Attributes:
-        damp: share of the mean diagonal that is added to the Gram matrix.
-        blocksize: columns between two lazy updates, and the width of scope "block".
-        scope: where an unstructured pattern compares weights: "row", "block" or "layer"; None is the method's
-            own.
+        blocksize: columns between two lazy updates (raised to a multiple of m), and the width of scope
+            "block".
+        scope: where an unstructured pattern compares weights: "row", "block" (of columns, over all rows) or
+            "layer"; None is the method's own: "layer" for magnitude, "row" for wanda, "block" for sparsegpt.
         act_order: prune columns in descending order of diag(H) (unstructured patterns only).
     """
 
-    damp: float = 0.01
     blocksize: int = 128
     scope: str | None = None
     act_order: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp <= 1:
-            raise ValueError(f"damp must lie in [0, 1], got {self.damp!r}; 0.01 is usual")
         if self.blocksize < 1:
             raise ValueError(f"blocksize must be at least 1, got {self.blocksize!r}; 128 is usual")
         if self.scope not in (None, "row", "block", "layer"):
@@ -46,6 +43,7 @@ class Problem:
         gram: [C, C], undamped; None for methods that need none.
         pattern: what to prune.
         rows: rows of each stacked layer; they sum to R.
+        damp: share of the mean diagonal that is added to the Gram matrix before it is inverted.
         options: the user's choices.
         name: for warnings.
     """
@@ -54,6 +52,7 @@ class Problem:
     gram: torch.Tensor | None
     pattern: Pattern
     rows: tuple[int, ...]
+    damp: float
     options: Options
     name: str
 

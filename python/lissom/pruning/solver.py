@@ -44,9 +44,7 @@ def prune_weight(
     pattern: str | float | Pattern,
     method: str,
     damp: float = 0.01,
-    blocksize: int = 128,
-    scope: str | None = None,
-    act_order: bool = False,
+    options: Options | None = None,
 ) -> torch.Tensor:
     """Prune one weight matrix against the Gram matrix of its inputs. A pure function.
 
@@ -56,10 +54,7 @@ def prune_weight(
         pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned).
         method: "magnitude", "wanda" or "sparsegpt".
         damp: lambda = damp * mean(diag(H)) is added to H before it is inverted.
-        blocksize: columns between lazy updates of SparseGPT (raised to a multiple of m).
-        scope: where an unstructured pattern compares: "row", "block", "layer"; None: "layer" for magnitude,
-            "row" for wanda, "block" for sparsegpt.
-        act_order: SparseGPT in descending order of diag(H), for unstructured patterns.
+        options: block size, scope of comparison, order of the columns.
 
     Returns:
         Tensor [R, C] in the dtype of `weight`. Solved in float32 (float64 for float64) and cast last; with
@@ -74,8 +69,8 @@ def prune_weight(
         >>> prune_weight(torch.tensor([[4.0, -1.0, 2.0, 3.0]]), pattern="2:4", method="magnitude").tolist()
         [[4.0, 0.0, 0.0, 3.0]]
     """
-    options = Options(damp=damp, blocksize=blocksize, scope=scope, act_order=act_order)
-    solved = prune_group([weight], gram, pattern=Pattern.parse(pattern), method=method, options=options)
+    parsed = Pattern.parse(pattern)
+    solved = prune_group([weight], gram, pattern=parsed, method=method, damp=damp, options=options)
     return solved[0].weight
 
 
@@ -86,7 +81,8 @@ def prune_group(
     *,
     pattern: Pattern,
     method: str,
-    options: Options,
+    damp: float = 0.01,
+    options: Options | None = None,
     name: str = "weight",
 ) -> list[Pruned]:
     """Prune weights that read the same input together: one Gram matrix, one factorisation, one pass.
@@ -96,7 +92,8 @@ def prune_group(
         gram: H = X X^T [C, C], undamped; None only for "magnitude".
         pattern: what to prune.
         method: key of METHODS.
-        options: choices of the method.
+        damp: as for `prune_weight`.
+        options: as for `prune_weight`.
         name: of the group, for messages.
 
     Returns:
@@ -106,6 +103,8 @@ def prune_group(
         ValueError: as for `prune_weight`.
     """
     solve = find_method(method)
+    if not 0 <= damp <= 1:
+        raise ValueError(f"damp must lie in [0, 1], got {damp!r}; 0.01 is usual")
     for weight in weights:
         _check_weight(weight, pattern, name)
     columns = weights[0].shape[1]
@@ -120,7 +119,7 @@ def prune_group(
     rows = tuple(len(weight) for weight in weights)
     stacked = torch.cat([weight.to(dtype) for weight in weights])
     with matmul_precision("ieee"):
-        solution = solve(Problem(stacked, gram, pattern, rows, options, name))
+        solution = solve(Problem(stacked, gram, pattern, rows, damp, options or Options(), name))
         results = []
         for weight, solved, mask in zip(weights, solution.weight.split(rows), solution.pruned.split(rows)):
             # The cast comes last and the zeros are written after it, so that the error is that of the stored

@@ -44,7 +44,7 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
     if options.act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
         weight, gram, dead = weight[order], gram[order][:, order], dead[order]
-    factor = inverse_factor(gram, options.damp, problem.name)
+    factor = inverse_factor(gram, problem.damp, problem.name)
     state = _Sweep(weight, torch.zeros_like(weight, dtype=torch.bool), factor, dead)
     group = pattern.group or 1
     width = -(-options.blocksize // group) * group
