@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -36,6 +37,8 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}{os.environ.get('LISSOM_BUILD_TAG', '')}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DTorch_DIR={torch_folder()}/share/cmake/Torch", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
+        # An earlier isolated build may have left the path of a ninja that is gone by now in CMake's cache.
+        configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run([*configure, f"-Dpybind11_DIR={pybind11_cmake()}"], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
