@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class DataSpec(_Strict):
-    """Calibration text: `samples` windows of `seq_len` tokens drawn with `seed` from a .txt or .jsonl file."""
+    """Calibration text: `samples` windows of `seq_len` tokens drawn with `seed` from a file."""
 
     source: str
     field: str = "text"
@@ -38,8 +38,10 @@ class DataSpec(_Strict):
     @classmethod
     def _is_local(cls, source: str) -> str:
         if source.startswith("hf:"):
-            raise ValueError(f"hub data set {source!r} is not read, lissom never opens the network: "
-                             "download it and name a .txt or .jsonl file")
+            raise ValueError(
+                f"hub data set {source!r} is not read, lissom never opens the network: "
+                "download it and name a .txt or .jsonl file"
+            )
         return source
 
 
@@ -160,8 +162,10 @@ class Step(_Strict):
     @model_validator(mode="after")
     def _one_verb(self) -> Step:
         if len(self.model_fields_set) != 1 or getattr(self, self.verb) is None:
-            raise ValueError(f"a step is one verb with its settings, such as '- prune: {{method: wanda}}'; "
-                             f"got {sorted(self.model_fields_set) or 'nothing'}")
+            raise ValueError(
+                f"a step is one verb with its settings, such as '- prune: {{method: wanda}}'; "
+                f"got {sorted(self.model_fields_set) or 'nothing'}"
+            )
         return self
 
     @property
@@ -201,15 +205,26 @@ class Recipe(_Strict):
         if self.model is None and (self.evaluate or {"prune", "eval", "generate", "inspect"} & set(verbs)):
             raise ValueError("model is missing: name a folder with config.json and safetensors weights")
         if "prune" in verbs and self.output is None:
-            raise ValueError("output is missing: a recipe that prunes needs 'output: {dir: FOLDER}' (-o FOLDER)")
+            raise ValueError(
+                "output is missing: a recipe that prunes needs 'output: {dir: FOLDER}' (-o FOLDER)"
+            )
         prunes = [step.prune for step in self.steps if step.prune]
-        if prunes and self.output and self.output.format == "packed" and not any(p.fits_quads for p in prunes):
-            raise ValueError(f"output.format 'packed' needs pattern '2:4', got {prunes[0].pattern!r}: "
-                             "prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed")
+        if (
+            prunes
+            and self.output
+            and self.output.format == "packed"
+            and not any(p.fits_quads for p in prunes)
+        ):
+            raise ValueError(
+                f"output.format 'packed' needs pattern '2:4', got {prunes[0].pattern!r}: "
+                "prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed"
+            )
         for step in self.steps:
             if step.prune and step.prune.method != "magnitude" and self.data is None:
-                raise ValueError(f"data is missing: method {step.prune.method!r} needs calibration text, "
-                                 "'data: {source: FILE}' (--data FILE)")
+                raise ValueError(
+                    f"data is missing: method {step.prune.method!r} needs calibration text, "
+                    "'data: {source: FILE}' (--data FILE)"
+                )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +239,7 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
-        """sha256 over all that decides the saved weights (not over where they go or how they are measured)."""
+        """sha256 over all that decides the saved weights, not where they go or how they are measured."""
         decisive = {k: v for k, v in self.to_dict().items() if k in ("model", "dtype", "data", "steps")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -237,7 +252,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:int"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
+)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -250,7 +267,8 @@ def read_recipe(path: str | Path) -> Recipe:
         The checked recipe, defaults filled in.
 
     Raises:
-        RecipeError: not YAML, a key twice, an unknown key (the nearest one is named) or a bad value, with the line.
+        RecipeError: not YAML, a key twice, an unknown key (the nearest one is named), a bad value; with the
+            line.
     """
     path = Path(path)
     return parse_recipe(path.read_text(encoding="utf-8"), name=path.name)
@@ -275,14 +293,16 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{name}: a recipe is a mapping with keys {', '.join(Recipe.model_fields)}; "
-                          f"got {type(values).__name__}")
+        raise RecipeError(
+            f"{name}: a recipe is a mapping with keys {', '.join(Recipe.model_fields)}; "
+            f"got {type(values).__name__}"
+        )
     _reject_repeated_keys(node, name)
     return build_recipe(values, name=name, node=node)
 
@@ -345,8 +365,14 @@ def _keys_at(loc: tuple, values: Any) -> list[str]:
     return list(model.model_fields)
 
 
-_SETTINGS: dict[str, type[_Strict]] = {"prune": PruneStep, "eval": EvalStep, "generate": GenerateStep,
-                                       "info": InfoStep, "inspect": InspectStep, "report": ReportStep}
+_SETTINGS: dict[str, type[_Strict]] = {
+    "prune": PruneStep,
+    "eval": EvalStep,
+    "generate": GenerateStep,
+    "info": InfoStep,
+    "inspect": InspectStep,
+    "report": ReportStep,
+}
 _SECTIONS: dict[str, type[_Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
 
 
@@ -373,7 +399,9 @@ def _reject_repeated_keys(node: yaml.Node | None, name: str) -> None:
         seen: set[Hashable] = set()
         for key, value in node.value:
             if key.value in seen:
-                raise RecipeError(f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is there twice; keep one")
+                raise RecipeError(
+                    f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is there twice; keep one"
+                )
             seen.add(key.value)
             _reject_repeated_keys(value, name)
     elif isinstance(node, yaml.SequenceNode):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from lissom.reporting.files import write_json, write_text
 from lissom.steps import Event, Session
 
 REPORT_VERSION = 1
+_PROMPT = 512  # tokens of prefill when speed is measured, or half of what a small model takes
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def compress(
     elif isinstance(recipe, dict):
         values = dict(recipe)
     else:
-        values = read_recipe(recipe).to_dict()
+        values = read_recipe(Path(recipe)).to_dict()
     values["model"] = str(model)
     if output is not None:
         values["output"] = {**(values.get("output") or {}), "dir": str(output)}
@@ -107,8 +109,9 @@ def run_recipe(
         if recipe.output is None:
             session = Session(recipe, emit)
             results = _run_steps(session)
-            if recipe.evaluate:
-                results.append(_timed("eval", lambda: steps.evaluate(session, recipe.evaluate)))
+            evaluation = recipe.evaluate
+            if evaluation:
+                results.append(_timed("eval", lambda: steps.evaluate(session, evaluation)))
             return RunResult(recipe, results)
         return _Making(recipe, emit, resume=resume, overwrite=overwrite).run()
 
@@ -120,8 +123,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         recipe: what would be done.
 
     Returns:
-        `recipe` (resolved), `steps` (a plan each), `peak_bytes`, `estimated_seconds` (None where it cannot be told),
-        `writes` (paths).
+        `recipe` (resolved), `steps` (a plan each), `peak_bytes`, `estimated_seconds`, `writes` (paths).
     """
     plans: list[dict[str, Any]] = []
     peak, seconds = 0, 0.0
@@ -142,7 +144,13 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
             files += ["lissom-report.json", "lissom-report.html"]
         writes = [f"{recipe.output.dir}/{name}" for name in files]
     writes += [str(Path(s.report.source) / "lissom-report.html") for s in recipe.steps if s.report]
-    return {"recipe": recipe.to_dict(), "steps": plans, "peak_bytes": peak, "estimated_seconds": seconds, "writes": writes}
+    return {
+        "recipe": recipe.to_dict(),
+        "steps": plans,
+        "peak_bytes": peak,
+        "estimated_seconds": seconds,
+        "writes": writes,
+    }
 
 
 def _plan_step(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
@@ -151,12 +159,18 @@ def _plan_step(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
 
         data = recipe.data
         windows = {"samples": data.samples, "seq_len": data.seq_len} if data else {}
-        plan = plan_prune(facts.skeleton(recipe.model or "", dtype=recipe.dtype), pattern=settings.pattern,
-                          method=settings.method, include=settings.include, exclude=settings.exclude,
-                          strict=settings.strict, **windows)
+        plan = plan_prune(
+            facts.skeleton(recipe.model or "", dtype=recipe.dtype),
+            pattern=settings.pattern,
+            method=settings.method,
+            include=settings.include,
+            exclude=settings.exclude,
+            strict=settings.strict,
+            **windows,
+        )
         return plan.to_dict()
     if verb in ("eval", "generate") or (verb == "bench" and recipe.model):
-        net = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
+        net: Any = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
         size = sum(p.numel() * p.element_size() for p in net.parameters())
         count = sum(p.numel() for p in net.parameters())
         dtype = next(net.parameters()).dtype
@@ -167,15 +181,19 @@ def _plan_step(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
             # Three variants, warmed up once; a decoded token costs about ten of a prompt.
             "bench": lambda: (settings.prompt + 10 * settings.new_tokens, 1, 3 * (settings.rounds + 1)),
         }[verb]()
-        return {"peak_bytes": size * (3 if verb == "bench" else 1) + 8 * rows * vocabulary,
-                "estimated_seconds": runs * tokens * 2 * count / facts.matmul_rate(dtype)}
+        return {
+            "peak_bytes": size * (3 if verb == "bench" else 1) + 8 * rows * vocabulary,
+            "estimated_seconds": runs * tokens * 2 * count / facts.matmul_rate(dtype),
+        }
     return {"peak_bytes": 0, "estimated_seconds": 0.0}
 
 
 class _Making:
     """One run that makes a model folder; its state lies beside the folder until the folder is complete."""
 
-    def __init__(self, recipe: Recipe, emit: Callable[[Event], None], *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, emit: Callable[[Event], None], *, resume: bool, overwrite: bool
+    ) -> None:
         if recipe.output is None or recipe.model is None:
             raise RecipeError("a run that saves needs both 'model' and 'output'")
         self.recipe, self.settings = recipe, recipe.output
@@ -195,11 +213,14 @@ class _Making:
         before = self._before()
         results = _run_steps(self.session)
         packing = self._pack()
-        after = steps.measure_perplexity(self.session, self.evaluation) if self.evaluation.perplexity else None
+        after = (
+            steps.measure_perplexity(self.session, self.evaluation) if self.evaluation.perplexity else None
+        )
         report = self._report(before, after, packing)
         self._save(before, after)
+        room = getattr(self.session.model.config.get_text_config(), "max_position_embeddings", None)
         self.session.release()
-        self._measure(report)
+        self._measure(report, prompt=min(_PROMPT, (room or _PROMPT * 2) // 2))
         report["seconds"] = time.perf_counter() - self.began
         report["verdict"] = judge(report)
         self._publish(report)
@@ -214,21 +235,34 @@ class _Making:
 
     def _claim(self, *, overwrite: bool) -> None:
         """Take the output folder, or say why not, before any work."""
-        if self.output.exists() and self.recipe.model and self.output.resolve() == Path(self.recipe.model).resolve():
-            raise RunError(f"the output folder {self.output} is the model's own folder: choose another one (-o)")
+        if (
+            self.output.exists()
+            and self.recipe.model
+            and self.output.resolve() == Path(self.recipe.model).resolve()
+        ):
+            raise RunError(
+                f"the output folder {self.output} is the model's own folder: choose another one (-o)"
+            )
         started = self.state / "run.json"
         if started.is_file() and not self.resume:
             if not overwrite:
-                raise RunError(f"{self.state} holds an interrupted run: go on with --resume, or start again with --overwrite")
+                raise RunError(
+                    f"{self.state} holds an interrupted run: go on with --resume, "
+                    "or start again with --overwrite"
+                )
             shutil.rmtree(self.state)
         taken = (self.output / "config.json").exists()
         if taken and not overwrite and not (self.resume and started.is_file()):
-            raise RunError(f"{self.output} already holds a model: choose another folder (-o), or pass --overwrite")
+            raise RunError(
+                f"{self.output} already holds a model: choose another folder (-o), or pass --overwrite"
+            )
         if started.is_file():
             found = json.loads(started.read_text(encoding="utf-8"))
             if found["fingerprint"] != self.recipe.fingerprint():
-                raise RunError(f"{self.state} is the state of another recipe: repeat the first call with --resume, "
-                               "or start again with --overwrite")
+                raise RunError(
+                    f"{self.state} is the state of another recipe: repeat the first call with --resume, "
+                    "or start again with --overwrite"
+                )
         else:
             self.state.mkdir(parents=True, exist_ok=True)
             write_json(started, {"fingerprint": self.recipe.fingerprint(), "recipe": self.recipe.to_dict()})
@@ -247,7 +281,7 @@ class _Making:
         return result
 
     def _pack(self) -> dict[str, int]:
-        """Swap 2:4 linears for packed ones, so that the quality measured is that of the kernels; their bytes."""
+        """Swap 2:4 linears for packed ones, so that their kernels are what is evaluated; their bytes."""
         if self.settings.format != "packed":
             return {}
         from lissom.nn import Sparse24Linear, sparsify
@@ -263,12 +297,21 @@ class _Making:
         import lissom
 
         self.emit({"event": "stage", "text": f"saving to {self.output}"})
-        card = {"base_model": Path(str(self.recipe.model)).name,
-                "perplexity_before": before["perplexity"] if before else None,
-                "perplexity_after": after["perplexity"] if after else None,
-                "evaluation_text": Path(after["text"]).name if after else None}
-        lissom.save(self.session.model, self.output, format=self.settings.format, tokenizer=self.session.tokenizer,
-                    overwrite=self.overwrite, card=card, max_shard_size=self.settings.max_shard_size)
+        card = {
+            "base_model": Path(str(self.recipe.model)).name,
+            "perplexity_before": before["perplexity"] if before else None,
+            "perplexity_after": after["perplexity"] if after else None,
+            "evaluation_text": Path(after["text"]).name if after else None,
+        }
+        lissom.save(
+            self.session.model,
+            self.output,
+            format=self.settings.format,
+            tokenizer=self.session.tokenizer,
+            overwrite=self.overwrite,
+            card=card,
+            max_shard_size=self.settings.max_shard_size,
+        )
 
     def _report(
         self, before: dict[str, Any] | None, after: dict[str, Any] | None, packing: dict[str, int]
@@ -278,28 +321,49 @@ class _Making:
         model, config = self.session.model, self.session.model.config
         made = getattr(config, "lissom", None) or {}
         calibration = made.get("calibration") or {}
-        quality = {"text": before["text"], "protocol": before["protocol"], "before": before, "after": after} if before else None
+        quality = (
+            {"text": before["text"], "protocol": before["protocol"], "before": before, "after": after}
+            if before
+            else None
+        )
         return {
-            "report_version": REPORT_VERSION, "lissom_version": lissom.__version__, "created": _now(),
-            "model": {"source": self.recipe.model, "family": config.model_type,
-                      "dtype": str(model.dtype).removeprefix("torch."),
-                      "parameters": self.session.prunes[0]["total_parameters"] if self.session.prunes else None},
-            "recipe": self.recipe.to_dict(), "output": {"dir": str(self.output), "format": self.settings.format},
-            "prunes": self.session.prunes, "quality": quality, "size": packing, "speed": None, "kernels": None,
-            "provenance": {"model": self.recipe.model, "lissom": lissom.__version__,
-                           "recipe_fingerprint": self.recipe.fingerprint(),
-                           "calibration_text": self.recipe.data.source if self.recipe.data else None,
-                           "calibration_sha256": calibration.get("source_sha256"),
-                           "calibration_windows": calibration.get("samples"), "calibration_seq_len": calibration.get("seq_len"),
-                           "calibration_seed": calibration.get("seed")},
+            "report_version": REPORT_VERSION,
+            "lissom_version": lissom.__version__,
+            "created": _now(),
+            "model": {
+                "source": self.recipe.model,
+                "family": config.model_type,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "parameters": self.session.prunes[0]["total_parameters"] if self.session.prunes else None,
+            },
+            "recipe": self.recipe.to_dict(),
+            "output": {"dir": str(self.output), "format": self.settings.format},
+            "prunes": self.session.prunes,
+            "quality": quality,
+            "size": packing,
+            "speed": None,
+            "kernels": None,
+            "provenance": {
+                "model": self.recipe.model,
+                "lissom": lissom.__version__,
+                "recipe_fingerprint": self.recipe.fingerprint(),
+                "calibration_text": self.recipe.data.source if self.recipe.data else None,
+                "calibration_sha256": calibration.get("source_sha256"),
+                "calibration_windows": calibration.get("samples"),
+                "calibration_seq_len": calibration.get("seq_len"),
+                "calibration_seed": calibration.get("seed"),
+            },
             "environment": facts.environment(),
         }
 
-    def _measure(self, report: dict[str, Any]) -> None:
+    def _measure(self, report: dict[str, Any], *, prompt: int) -> None:
         """What the saved folder is worth on this machine."""
         source = self.session.source
-        report["size"] = {"source_bytes": facts.weight_file_bytes(source),
-                          "output_bytes": facts.weight_file_bytes(self.output), **report["size"]}
+        report["size"] = {
+            "source_bytes": facts.weight_file_bytes(source),
+            "output_bytes": facts.weight_file_bytes(self.output),
+            **report["size"],
+        }
         if self.evaluation.tasks:
             report["quality"] = {**(report["quality"] or {}), "tasks": self._tasks(source)}
         if self.settings.format != "packed":
@@ -308,16 +372,23 @@ class _Making:
             from lissom.benchmark import generation
 
             self.emit({"event": "stage", "text": "timing dense against packed"})
-            options = generation.GenerationOptions(threads=self.recipe.threads, dtype=self.recipe.dtype, rounds=3)
-            report["speed"] = generation.run(source, packed=self.output, options=options, on_progress=self._say)
+            options = generation.GenerationOptions(
+                prompt=prompt, threads=self.recipe.threads, dtype=self.recipe.dtype, rounds=3
+            )
+            report["speed"] = generation.run(
+                source, packed=self.output, options=options, on_progress=self._say
+            )
         if self.evaluation.kernels:
             report["kernels"] = self._kernels(report["model"]["dtype"])
 
     def _tasks(self, source: Path) -> dict[str, Any]:
         before = steps.measure_tasks(source, self.evaluation, self.session)
         after = steps.measure_tasks(self.output, self.evaluation, self.session)
-        return {f"{task}, {metric}": {"before": value, "after": after[task][metric]}
-                for task, metrics in before.items() for metric, value in metrics.items()}
+        return {
+            f"{task}, {metric}": {"before": value, "after": after[task][metric]}
+            for task, metrics in before.items()
+            for metric, value in metrics.items()
+        }
 
     def _kernels(self, dtype: str) -> dict[str, Any]:
         from lissom.benchmark import machine, sparse24
@@ -340,8 +411,10 @@ class _Making:
 
 
 def _run_steps(session: Session) -> list[dict[str, Any]]:
-    return [_timed(step.verb, lambda step=step: steps.VERBS[step.verb](session, step.settings))
-            for step in session.recipe.steps]
+    return [
+        _timed(step.verb, functools.partial(steps.VERBS[step.verb], session, step.settings))
+        for step in session.recipe.steps
+    ]
 
 
 def _timed(verb: str, work: Callable[[], Any]) -> dict[str, Any]:

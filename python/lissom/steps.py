@@ -56,7 +56,9 @@ class Session:
     def source(self) -> Path:
         """The folder of the recipe's model."""
         if self.recipe.model is None:
-            raise recipes.RecipeError("this step needs a model: name a folder with config.json and safetensors weights")
+            raise recipes.RecipeError(
+                "this step needs a model: name a folder with config.json and safetensors weights"
+            )
         return facts.model_folder(self.recipe.model)
 
     def release(self) -> None:
@@ -72,16 +74,35 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
 
     def tell(progress: Any) -> None:
         errors = [layer.relative_error for layer in progress.layers if layer.relative_error is not None]
-        session.emit({"event": "progress", "step": "prune", "done": progress.block, "of": progress.blocks,
-                      "name": progress.name, "remaining_seconds": progress.remaining, "resumed": progress.resumed,
-                      "relative_error": sum(errors) / len(errors) if errors else None})
+        session.emit(
+            {
+                "event": "progress",
+                "step": "prune",
+                "done": progress.block,
+                "of": progress.blocks,
+                "name": progress.name,
+                "remaining_seconds": progress.remaining,
+                "resumed": progress.resumed,
+                "relative_error": sum(errors) / len(errors) if errors else None,
+            }
+        )
 
+    windows: dict[str, Any] = data.model_dump(include={"samples", "seq_len", "seed"}) if data else {}
     state = session.state / f"prune-{len(session.prunes)}" if session.state else None
     report = prune_model(
-        session.model, pattern=step.pattern, method=step.method, data=_texts(data),
-        tokenizer=session.tokenizer if data else None, include=step.include, exclude=step.exclude,
-        damp=step.damp, strict=step.strict, state_dir=state, resume=session.resume and state is not None,
-        on_progress=tell, **({"samples": data.samples, "seq_len": data.seq_len, "seed": data.seed} if data else {}),
+        session.model,
+        pattern=step.pattern,
+        method=step.method,
+        data=_texts(data),
+        tokenizer=session.tokenizer if data else None,
+        include=step.include,
+        exclude=step.exclude,
+        damp=step.damp,
+        strict=step.strict,
+        state_dir=state,
+        resume=session.resume and state is not None,
+        on_progress=tell,
+        **windows,
     )
     result = report.to_dict()
     session.prunes.append(result)
@@ -92,7 +113,9 @@ def evaluate(session: Session, step: recipes.EvalStep) -> dict[str, Any]:
     """Perplexity of the session's model, tasks of its folder."""
     result: dict[str, Any] = {}
     if step.perplexity is None and not step.tasks:
-        raise recipes.RecipeError("nothing to evaluate: name a text (--perplexity FILE) or tasks (--task NAME)")
+        raise recipes.RecipeError(
+            "nothing to evaluate: name a text (--perplexity FILE) or tasks (--task NAME)"
+        )
     if step.perplexity is not None:
         result.update(measure_perplexity(session, step))
     if step.tasks:
@@ -108,8 +131,9 @@ def measure_perplexity(session: Session, step: recipes.EvalStep) -> dict[str, An
     if not text.is_file():
         raise FileNotFoundError(f"there is no text file {text}: name a .txt or .jsonl file")
     session.emit({"event": "stage", "text": f"perplexity on {text.name}"})
-    found = perplexity(session.model, session.tokenizer, text, windows=step.windows, seq_len=step.seq_len,
-                       stride=step.stride)
+    found = perplexity(
+        session.model, session.tokenizer, text, windows=step.windows, seq_len=step.seq_len, stride=step.stride
+    )
     return {**found.to_dict(), "text": str(text), "protocol": protocol(step)}
 
 
@@ -137,26 +161,41 @@ def generate(session: Session, step: recipes.GenerateStep) -> dict[str, Any]:
     """Continue a prompt; each piece of text is told as it comes."""
     import torch
 
-    model, tokenizer = session.model, session.tokenizer
-    prompt = step.prompt
+    model: Any = session.model
+    tokenizer = session.tokenizer
+    prompt: Any = step.prompt
     if step.chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{session.recipe.model} has no chat template: leave --chat out")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": step.prompt}], tokenize=False,
-                                               add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": step.prompt}], tokenize=False, add_generation_prompt=True
+        )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not step.chat)
     torch.manual_seed(step.seed)
-    sampling = {"do_sample": True, "temperature": step.temperature} if step.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": step.temperature} if step.temperature else {"do_sample": False}
+    )
     streamer = _streamer(tokenizer, session.emit)
     start = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=step.max_new_tokens, streamer=streamer,
-                                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=step.max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     new = output.shape[1] - length
-    return {"prompt": step.prompt, "text": tokenizer.decode(output[0, length:], skip_special_tokens=True),
-            "prompt_tokens": length, "new_tokens": new, "seconds": seconds, "tokens_per_s": new / seconds}
+    return {
+        "prompt": step.prompt,
+        "text": tokenizer.decode(output[0, length:], skip_special_tokens=True),
+        "prompt_tokens": length,
+        "new_tokens": new,
+        "seconds": seconds,
+        "tokens_per_s": new / seconds,
+    }
 
 
 def bench(session: Session, step: recipes.Sparse24Bench | recipes.GenerationBench) -> Any:
@@ -173,8 +212,14 @@ def bench(session: Session, step: recipes.Sparse24Bench | recipes.GenerationBenc
     from lissom.benchmark import generation
 
     options = generation.GenerationOptions(
-        prompt=step.prompt, new_tokens=step.new_tokens, rounds=step.rounds, threads=threads, compiled=step.compiled,
-        dtype=session.recipe.dtype, memory=step.memory)
+        prompt=step.prompt,
+        new_tokens=step.new_tokens,
+        rounds=step.rounds,
+        threads=threads,
+        compiled=step.compiled,
+        dtype=session.recipe.dtype,
+        memory=step.memory,
+    )
     model = step.shape or session.source
     return generation.run(model, packed=step.packed, options=options, on_progress=say)
 
@@ -198,13 +243,20 @@ def report(session: Session, step: recipes.ReportStep) -> dict[str, Any]:
     source = Path(step.source)
     file = source / "lissom-report.json" if source.is_dir() else source
     if not file.is_file():
-        raise FileNotFoundError(f"there is no report {file}: name a folder that lissom wrote, or its lissom-report.json")
+        raise FileNotFoundError(
+            f"there is no report {file}: name a folder that lissom wrote, or its lissom-report.json"
+        )
     page = write_report(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".html"))
     return {"source": str(file), "page": str(page)}
 
 
 VERBS: dict[str, Callable[[Session, Any], Any]] = {
-    "prune": prune, "eval": evaluate, "generate": generate, "bench": bench, "info": info, "inspect": inspect,
+    "prune": prune,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "info": info,
+    "inspect": inspect,
     "report": report,
 }
 
@@ -216,7 +268,9 @@ def _texts(data: recipes.DataSpec | None) -> Any:
 
     path = Path(data.source)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no calibration text {data.source}: name a .txt or .jsonl file (--data FILE)")
+        raise FileNotFoundError(
+            f"there is no calibration text {data.source}: name a .txt or .jsonl file (--data FILE)"
+        )
     return path if data.field == "text" else read_texts(path, field=data.field)[0]
 
 

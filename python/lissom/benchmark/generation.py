@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -19,12 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096},
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
 }
-LABELS = {"dense": "dense, transformers as it comes", "onednn": "dense, oneDNN prepacked",
-          "compiled": "dense, torch.compile", "packed": "2:4 packed, lissom"}
+LABELS = {
+    "dense": "dense, transformers as it comes",
+    "onednn": "dense, oneDNN prepacked",
+    "compiled": "dense, torch.compile",
+    "packed": "2:4 packed, lissom",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class GenerationOptions:
 
 
 class PrepackedLinear(nn.Module):
-    """A dense linear whose weight oneDNN has laid out once, as torch.compile with freezing does; the peer to beat.
+    """A dense linear whose weight oneDNN has laid out once, as torch.compile with freezing does: the peer.
 
     One layout for a single row of x and one for many: oneDNN picks by the number of rows.
     """
@@ -98,12 +110,14 @@ def run(
 
     Args:
         model: dense model, its folder, or a name in `SHAPES` (random weights).
-        packed: the 2:4 model or its folder; without one the dense weights are cut by magnitude, for timing only.
+        packed: the 2:4 model or its folder; without one the dense weights are cut by magnitude,
+                for timing only.
         options: lengths, rounds, threads.
         on_progress: called with one line of text per stage.
 
     Returns:
-        `variants` (medians, shares of a decode step, bytes), `ratios`, `attribution` (peer weakness x sparsity).
+        `variants` (medians, shares of a decode step, bytes), `ratios`, and `attribution`
+        (peer weakness x sparsity).
 
     Raises:
         ValueError: nothing in the model is 2:4, or the sequence does not fit the model.
@@ -119,7 +133,7 @@ def run(
             _generate(variant.model, prompt, 2)
         for turn in range(options.rounds):
             say(f"round {turn + 1} of {options.rounds}")
-            for variant in variants[turn % len(variants):] + variants[:turn % len(variants)]:
+            for variant in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
                 prefill, steps = _generate(variant.model, prompt, options.new_tokens)
                 variant.prefill_s.append(prefill)
                 variant.decode_s.extend(steps)
@@ -166,21 +180,31 @@ def _load(model: str | Path | nn.Module, dtype: str, seed: int) -> nn.Module:
 
 
 def _contenders(
-    model: nn.Module, packed: str | Path | nn.Module | None, options: GenerationOptions, say: Callable[[str], None],
+    model: nn.Module,
+    packed: str | Path | nn.Module | None,
+    options: GenerationOptions,
+    say: Callable[[str], None],
 ) -> list[Variant]:
     from lissom.nn import Sparse24Linear
 
     if any(isinstance(m, Sparse24Linear) for m in model.modules()):
         if packed is not None:
-            raise ValueError("benchmark.generation: the first model is packed already; name the dense one first")
-        dense, sparse = _swap(model, lambda m: m.to_linear() if isinstance(m, Sparse24Linear) else None), model
+            raise ValueError(
+                "benchmark.generation: the first model is packed already; name the dense one first"
+            )
+        dense, sparse = (
+            _swap(model, lambda m: m.to_linear() if isinstance(m, Sparse24Linear) else None),
+            model,
+        )
     elif packed is not None:
         dense, sparse = model, _load(packed, options.dtype, options.seed)
     else:
         say("cutting the weights to 2:4 by magnitude (for timing only)")
         dense, sparse = model, _cut(model)
     if not any(isinstance(m, Sparse24Linear) for m in sparse.modules()):
-        raise ValueError("benchmark.generation: no layer of the packed model is 2:4; prune it with pattern '2:4' first")
+        raise ValueError(
+            "benchmark.generation: no layer of the packed model is 2:4; prune it with pattern '2:4' first"
+        )
     say("laying out the dense weights for oneDNN")
     rows = max(options.prompt, 2)
     prepacked = _swap(dense, lambda m: PrepackedLinear(m, rows=rows) if type(m) is nn.Linear else None)
@@ -196,12 +220,17 @@ def _cut(model: nn.Module) -> nn.Module:
     from lissom.models.walk import describe
     from lissom.nn import Sparse24Linear
 
-    names = {ref.name for block in describe(model).blocks for ref in block.linears if type(ref.module) is nn.Linear}
+    names = {
+        ref.name for block in describe(model).blocks for ref in block.linears if type(ref.module) is nn.Linear
+    }
     return _swap(model, lambda m: Sparse24Linear.from_linear(m, pattern="magnitude"), only=names)
 
 
 def _swap(
-    model: nn.Module, make: Callable[[Any], nn.Module | None], *, only: set[str] | None = None,
+    model: nn.Module,
+    make: Callable[[Any], nn.Module | None],
+    *,
+    only: set[str] | None = None,
 ) -> nn.Module:
     """A copy that shares every tensor with `model`, with some of its linears replaced."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -216,35 +245,55 @@ def _swap(
     return twin.eval()
 
 
-def _prompt(model: nn.Module, options: GenerationOptions) -> Tensor:
+def _prompt(model: Any, options: GenerationOptions) -> Tensor:
     config = model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if options.prompt + options.new_tokens > room:
-        raise ValueError(f"benchmark.generation: prompt + new_tokens must be <= {room} (the model's positions), "
-                         f"got {options.prompt} + {options.new_tokens}; choose less")
+        raise ValueError(
+            f"benchmark.generation: prompt + new_tokens must be <= {room} (the model's positions), "
+            f"got {options.prompt} + {options.new_tokens}; choose less"
+        )
     generator = torch.Generator().manual_seed(options.seed)
     return torch.randint(0, config.vocab_size, (1, options.prompt), generator=generator)  # [1, T]
 
 
 def _generate(
-    model: nn.Module, prompt: Tensor, new_tokens: int, on_first: Callable[[], None] | None = None,
+    model: Any,
+    prompt: Tensor,
+    new_tokens: int,
+    on_first: Callable[[], None] | None = None,
 ) -> tuple[float, list[float]]:
     """Seconds to the first token, and seconds of each later one, as generate() delivers them."""
     clock = _Clock(on_first)
     start = time.perf_counter()
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                   do_sample=False, num_beams=1, streamer=clock, pad_token_id=0)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        streamer=clock,
+        pad_token_id=0,
+    )
     arrivals = clock.times[1:]
-    return arrivals[0] - start, [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
+    return arrivals[0] - start, [after - before for before, after in itertools.pairwise(arrivals)]
 
 
-def _decode_parts(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, float]:
+def _decode_parts(model: Any, prompt: Tensor, new_tokens: int) -> dict[str, float]:
     """Shares of one decode step: linears, lm_head, attention without its linears, everything else."""
     spent: dict[str, float] = {}
     head = model.get_output_embeddings()
-    roles = {m: "lm_head" if m is head else "linears" for m in model.modules()
-             if isinstance(m, (nn.Linear, PrepackedLinear)) or type(m).__name__ == "Conv1D" or m is head}
-    attention = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("self_attn", "attn", "attention")]
+    roles = {
+        m: "lm_head" if m is head else "linears"
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, PrepackedLinear)) or type(m).__name__ == "Conv1D" or m is head
+    }
+    attention = [
+        m
+        for name, m in model.named_modules()
+        if name.rpartition(".")[2] in ("self_attn", "attn", "attention")
+    ]
     inside = {child for m in attention for child in m.modules() if child in roles}
     plan = {m: {role: 1, "attention": -1} if m in inside else {role: 1} for m, role in roles.items()}
     plan.update({m: {"attention": 1} for m in attention})
@@ -271,16 +320,23 @@ def _timed(inner: Callable[..., Any], spent: dict[str, float], signs: dict[str, 
     return forward
 
 
-def _weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of the blocks' linears and of the output matrix, which every decode step reads, and of all else."""
+def _weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the blocks' linears, of the output matrix (each step reads both), and of all else."""
     from lissom.nn import Sparse24Linear
 
     head = model.get_output_embeddings()
     found = {"linears": 0, "lm_head": 0, "other": 0}
     seen: set[int] = set()
-    modules = [head, *(m for m in model.modules() if m is not head)]  # head first: a tied embedding is counted there
+    modules = [
+        head,
+        *(m for m in model.modules() if m is not head),
+    ]  # head first: a tied embedding is counted there
     for module in modules:
-        tensors = [t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if id(t) not in seen]
+        tensors = [
+            t
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if id(t) not in seen
+        ]
         seen.update(id(t) for t in tensors)
         linear = isinstance(module, (nn.Linear, PrepackedLinear)) or type(module).__name__ == "Conv1D"
         role = "lm_head" if module is head else "linears" if linear else "other"
@@ -295,25 +351,40 @@ def _weight_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def _summary(model: Any, variants: list[Variant], options: GenerationOptions) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for v in variants:
         prefill, decode = statistics.median(v.prefill_s), statistics.median(v.decode_s)
-        rows.append({
-            "name": v.name, "label": LABELS[v.name],
-            "prefill_seconds": prefill, "prefill_tokens_per_s": options.prompt / prefill,
-            "decode_seconds": decode, "decode_tokens_per_s": 1 / decode,
-            "decode_shares": v.decode_parts, "weight_bytes": _weight_bytes(v.model), "memory": v.memory,
-            "samples": {"prefill_seconds": v.prefill_s, "decode_seconds": v.decode_s},
-        })
+        rows.append(
+            {
+                "name": v.name,
+                "label": LABELS[v.name],
+                "prefill_seconds": prefill,
+                "prefill_tokens_per_s": options.prompt / prefill,
+                "decode_seconds": decode,
+                "decode_tokens_per_s": 1 / decode,
+                "decode_shares": v.decode_parts,
+                "weight_bytes": _weight_bytes(v.model),
+                "memory": v.memory,
+                "samples": {"prefill_seconds": v.prefill_s, "decode_seconds": v.decode_s},
+            }
+        )
     by_name = {row["name"]: row for row in rows}
     return {
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "dtype": str(next(variants[0].model.parameters()).dtype).removeprefix("torch."),
         "threads": options.threads or torch.get_num_threads(),
-        "prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "rounds": options.rounds,
+        "prompt_tokens": options.prompt,
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
         "variants": rows,
-        "ratios": {phase: {f"over_{n}": row[f"{phase}_seconds"] / by_name["packed"][f"{phase}_seconds"]
-                           for n, row in by_name.items() if n != "packed"} for phase in ("prefill", "decode")},
+        "ratios": {
+            phase: {
+                f"over_{n}": row[f"{phase}_seconds"] / by_name["packed"][f"{phase}_seconds"]
+                for n, row in by_name.items()
+                if n != "packed"
+            }
+            for phase in ("prefill", "decode")
+        },
         "attribution": {phase: attribute(by_name, phase) for phase in ("prefill", "decode")},
     }
 
@@ -326,16 +397,24 @@ def attribute(variants: dict[str, dict[str, Any]], phase: str) -> dict[str, Any]
         phase: "prefill" or "decode".
 
     Returns:
-        `total` = `peer_weakness` * `sparsity` (factors), and `best_dense`, the name of the strongest dense variant.
+        `total` = `peer_weakness` * `sparsity` (factors); `best_dense` names the strongest dense variant.
     """
     seconds = {name: row[f"{phase}_seconds"] for name, row in variants.items()}
     best = min((name for name in seconds if name != "packed"), key=seconds.__getitem__)
-    return {"total": seconds["dense"] / seconds["packed"], "peer_weakness": seconds["dense"] / seconds[best],
-            "sparsity": seconds[best] / seconds["packed"], "best_dense": best}
+    return {
+        "total": seconds["dense"] / seconds["packed"],
+        "peer_weakness": seconds["dense"] / seconds[best],
+        "sparsity": seconds[best] / seconds["packed"],
+        "best_dense": best,
+    }
 
 
 def _measure_memory(
-    variants: list[Variant], model: Any, packed: Any, options: GenerationOptions, say: Callable[[str], None],
+    variants: list[Variant],
+    model: Any,
+    packed: Any,
+    options: GenerationOptions,
+    say: Callable[[str], None],
 ) -> None:
     """Peak resident memory, each variant alone in a process of its own."""
     folders = {"dense": model, "packed": packed}
@@ -345,12 +424,24 @@ def _measure_memory(
             continue
         say(f"peak memory: {LABELS[variant.name]}")
         done = subprocess.run(
-            [sys.executable, "-m", "lissom.benchmark.generation", str(folder), str(options.prompt),
-             str(options.new_tokens), options.dtype],
-            capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(options.threads or 1)},
+            [
+                sys.executable,
+                "-m",
+                "lissom.benchmark.generation",
+                str(folder),
+                str(options.prompt),
+                str(options.new_tokens),
+                options.dtype,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads or 1)},
         )
         if done.returncode:
-            raise RuntimeError(f"benchmark.generation: measuring memory of {folder} failed: {done.stderr.strip()[-400:]}")
+            raise RuntimeError(
+                f"benchmark.generation: measuring memory of {folder} failed: {done.stderr.strip()[-400:]}"
+            )
         variant.memory = json.loads(done.stdout.splitlines()[-1])
 
 
@@ -359,7 +450,9 @@ def _resident_peak() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("benchmark.generation: /proc/self/status has no VmHWM; peak memory is measured on Linux only")
+    raise RuntimeError(
+        "benchmark.generation: /proc/self/status has no VmHWM; peak memory is measured on Linux only"
+    )
 
 
 def _memory_of(folder: str, prompt: int, new_tokens: int, dtype: str) -> dict[str, int]:

@@ -10,7 +10,10 @@ import typer
 from lissom.cli import demo, look, make, measure
 
 app = typer.Typer(
-    name="lissom", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="lissom",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Make a language model 2:4-sparse, save it, run it faster on this CPU, and see what it cost.",
     epilog="No telemetry; nothing is downloaded. Exit codes: 0 done, 1 failed, 2 wrong usage.",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from lissom.recipe import RecipeError, build_recipe
+from lissom.reporting.wording import duration_text
 from lissom.run import RunResult, plan_recipe, run_recipe
 
 _LONGEST = 600
@@ -56,12 +57,21 @@ class Voice:
         left = duration_text(event["remaining_seconds"])
         error = "" if event["relative_error"] is None else f", error {event['relative_error']:.3f}"
         if not self.err.is_terminal:
-            self.err.print(f"{event['step']}: {event['done']} of {event['of']} ({event['name']}{error}), {left} left",
-                           style="dim", markup=False)
+            self.err.print(
+                f"{event['step']}: {event['done']} of {event['of']} ({event['name']}{error}), {left} left",
+                style="dim",
+                markup=False,
+            )
             return
         if self._progress is None:
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                      TextColumn("{task.fields[note]}"), console=self.err, transient=True)
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.err,
+                transient=True,
+            )
             self._task = self._progress.add_task(event["step"], total=event["of"], note="")
             self._progress.start()
         assert self._task is not None
@@ -85,7 +95,9 @@ class Voice:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            self._fail("interrupted; the same call with --resume goes on where it stopped", "KeyboardInterrupt", 1)
+            self._fail(
+                "interrupted; the same call with --resume goes on where it stopped", "KeyboardInterrupt", 1
+            )
         except RecipeError as error:
             self._fail(str(error), "RecipeError", 2)
         except Exception as error:  # noqa: BLE001 - the outermost frame: every failure becomes a sentence
@@ -164,21 +176,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"missing key {text}; -v shows where"
     return text
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as people say them.
-
-    Example:
-        >>> duration_text(4.2), duration_text(75), duration_text(7300)
-        ('4 s', '1 min 15 s', '2 h 2 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _without_none(value: Any) -> Any:

@@ -16,46 +16,80 @@ from lissom.run import plan_recipe, run_recipe
 
 
 def prune(
-    model: options.Model, *, output: options.Output,
-    pattern: Annotated[str, typer.Option("--pattern", help="2:4 (2 of 4 kept), n:m, or a share such as 50%.")] = "2:4",
-    method: Annotated[str, typer.Option("--method", help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
-    data: options.Data = None, field: options.Field = "text", samples: options.Samples = 64,
-    seq_len: options.SeqLen = 1024, seed: options.Seed = 0, include: options.Include = None,
+    model: options.Model,
+    *,
+    output: options.Output,
+    pattern: options.Pattern = "2:4",
+    method: options.Method = "sparsegpt",
+    data: options.Data = None,
+    field: options.Field = "text",
+    samples: options.Samples = 64,
+    seq_len: options.SeqLen = 1024,
+    seed: options.Seed = 0,
+    include: options.Include = None,
     exclude: options.Exclude = None,
-    damp: Annotated[float | None, typer.Option("--damp", help="Share of the mean diagonal added to the Gram matrix.")] = None,
-    lenient: Annotated[bool, typer.Option("--lenient", help="Leave layers that cannot be pruned instead of stopping.")] = False,
-    form: Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")] = "packed",
-    eval_text: options.Text = None, windows: options.Windows = 8,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")] = True,
-    kernels: Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")] = False,
-    dtype: options.DType = "auto", threads: options.Threads = None, dry_run: options.DryRun = False,
-    resume: options.Resume = False, overwrite: options.Overwrite = False, json: options.Json = False,
-    quiet: options.Quiet = False, verbose: options.Verbose = False,
+    damp: options.Damp = None,
+    lenient: options.Lenient = False,
+    form: options.Form = "packed",
+    eval_text: options.Text = None,
+    windows: options.Windows = 8,
+    speed: options.Speed = True,
+    kernels: options.Kernels = False,
+    dtype: options.DType = "auto",
+    threads: options.Threads = None,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Set weights to zero, save the model, and report size, speed and quality."""
     calibration = {"source": data, "field": field, "samples": samples, "seq_len": seq_len, "seed": seed}
-    step = {"pattern": pattern, "method": method, "damp": damp, "include": include, "exclude": exclude,
-            "strict": not lenient}
+    step = {
+        "pattern": pattern,
+        "method": method,
+        "damp": damp,
+        "include": include,
+        "exclude": exclude,
+        "strict": not lenient,
+    }
     values = {
-        "model": model, "dtype": dtype, "threads": threads, "data": calibration if data else None,
+        "model": model,
+        "dtype": dtype,
+        "threads": threads,
+        "data": calibration if data else None,
         "steps": [{"prune": step}],
         "evaluate": {"perplexity": eval_text, "windows": windows, "speed": speed, "kernels": kernels},
         "output": {"dir": str(output), "format": form},
     }
-    voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    voice = Voice(
+        json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, resume=resume, overwrite=overwrite
+    )
     execute_verb(voice, "prune", values, tables.report_view)
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see docs/recipes.md.")], *,
-    model: Annotated[str | None, typer.Option("--model", help="Takes the place of the recipe's model.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Takes the place of output.dir.")] = None,
-    threads: options.Threads = None, dry_run: options.DryRun = False, resume: options.Resume = False,
-    overwrite: options.Overwrite = False, json: options.Json = False, quiet: options.Quiet = False,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see docs/recipes.md.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Takes the place of the recipe's model.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Takes the place of output.dir.")
+    ] = None,
+    threads: options.Threads = None,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Run a recipe: its steps in order, then evaluate, save, report."""
-    voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    voice = Voice(
+        json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, resume=resume, overwrite=overwrite
+    )
     with voice.guard():
         checked = _replaced(read_recipe(recipe), model, output, threads)
         if dry_run:

@@ -10,50 +10,97 @@ import typer
 from lissom.cli import options, tables
 from lissom.cli.console import Voice, execute
 
-bench = typer.Typer(no_args_is_help=True, help="Time the kernels, or a whole model, against the strongest dense peers.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Time the kernels, or a whole model, against the strongest dense peers."
+)
 
 
 def evaluate(
-    model: options.Model, *,
-    perplexity: Annotated[str | None, typer.Option("--perplexity", metavar="FILE", help="Text to score: .txt or .jsonl.")] = None,
-    windows: options.Windows = 8, seq_len: options.SeqLen = 1024,
-    stride: Annotated[int | None, typer.Option("--stride", min=1, help="Slide over the whole text in steps of this.")] = None,
+    model: options.Model,
+    *,
+    perplexity: Annotated[
+        str | None, typer.Option("--perplexity", metavar="FILE", help="Text to score: .txt or .jsonl.")
+    ] = None,
+    windows: options.Windows = 8,
+    seq_len: options.SeqLen = 1024,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="Slide over the whole text in steps of this.")
+    ] = None,
     task: options.Task = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples per task.")] = None,
-    dtype: options.DType = "auto", threads: options.Threads = None, dry_run: options.DryRun = False,
-    json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False,
+    dtype: options.DType = "auto",
+    threads: options.Threads = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Perplexity and bits per byte of a text; lm-eval tasks when it is installed."""
-    step = {"perplexity": perplexity, "windows": windows, "seq_len": seq_len, "stride": stride, "tasks": task or [],
-            "limit": limit}
+    step = {
+        "perplexity": perplexity,
+        "windows": windows,
+        "seq_len": seq_len,
+        "stride": stride,
+        "tasks": task or [],
+        "limit": limit,
+    }
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
-    execute(voice, "eval", {"model": model, "dtype": dtype, "threads": threads, "steps": [{"eval": step}]},
-            tables.eval_view)
+    execute(
+        voice,
+        "eval",
+        {"model": model, "dtype": dtype, "threads": threads, "steps": [{"eval": step}]},
+        tables.eval_view,
+    )
 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")], *,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    *,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")
+    ] = 0.0,
     seed: options.Seed = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    dtype: options.DType = "auto", threads: options.Threads = None, dry_run: options.DryRun = False,
-    json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    dtype: options.DType = "auto",
+    threads: options.Threads = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Continue a prompt, with the tokens per second."""
-    step = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
+    step = {
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "chat": chat,
+    }
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
-    execute(voice, "generate", {"model": model, "dtype": dtype, "threads": threads, "steps": [{"generate": step}]},
-            tables.generate_view)
+    execute(
+        voice,
+        "generate",
+        {"model": model, "dtype": dtype, "threads": threads, "steps": [{"generate": step}]},
+        tables.generate_view,
+    )
 
 
 @bench.command("sparse24")
 def bench_sparse24(
-    *, quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repeats.")] = False,
-    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="bfloat16, float32 or float16. Repeatable.")] = None,
-    threads: options.Threads = 1, dry_run: options.DryRun = False, json: options.Json = False,
-    quiet: options.Quiet = False, verbose: options.Verbose = False,
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repeats.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="bfloat16, float32 or float16. Repeatable.")
+    ] = None,
+    threads: options.Threads = 1,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Time the 2:4 linear against oneDNN with prepacked weights and F.linear."""
     step = {"kind": "sparse24", "quick": quick, "dtypes": dtype}
@@ -63,21 +110,52 @@ def bench_sparse24(
 
 @bench.command("generation")
 def bench_generation(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Dense or packed model folder.")] = None, *,
-    packed: Annotated[str | None, typer.Option("--packed", metavar="DIR", help="The 2:4 model; without one the dense weights "
-                                               "are cut by magnitude, for timing only.")] = None,
-    shape: Annotated[str | None, typer.Option("--shape", help="Random weights of a known shape: llama-1b.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Dense or packed model folder.")
+    ] = None,
+    *,
+    packed: Annotated[
+        str | None,
+        typer.Option(
+            "--packed",
+            metavar="DIR",
+            help="The 2:4 model; without one the dense weights are cut by magnitude, for timing only.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Random weights of a known shape: llama-1b.")
+    ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens decoded a round.")] = 16,
     rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile'd dense (slow to start).")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
-    dtype: options.DType = "auto", threads: options.Threads = None, dry_run: options.DryRun = False,
-    json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also torch.compile'd dense (slow to start).")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")
+    ] = False,
+    dtype: options.DType = "auto",
+    threads: options.Threads = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Tokens per second of a whole model, dense against packed, prefill and decode."""
-    step = {"kind": "generation", "packed": packed, "shape": shape, "prompt": prompt, "new_tokens": new_tokens,
-            "rounds": rounds, "compiled": compiled, "memory": memory}
+    step = {
+        "kind": "generation",
+        "packed": packed,
+        "shape": shape,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "compiled": compiled,
+        "memory": memory,
+    }
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
-    execute(voice, "bench", {"model": model, "dtype": dtype, "threads": threads, "steps": [{"bench": step}]},
-            tables.generation_view)
+    execute(
+        voice,
+        "bench",
+        {"model": model, "dtype": dtype, "threads": threads, "steps": [{"bench": step}]},
+        tables.generation_view,
+    )

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a name in the local Hugging Face cache.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder, or a name in the local Hugging Face cache.")
+]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Calibration text: .txt or .jsonl.")]
 Field = Annotated[str, typer.Option("--field", help="Key of the text in .jsonl lines.")]
@@ -17,14 +19,37 @@ SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per window
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
-Include = Annotated[list[str] | None, typer.Option("--include", metavar="NAME", help="Only these modules; re:REGEX too. Repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="NAME", help="Not these modules. Repeatable.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be touched, memory and time; write nothing.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="NAME", help="Only these modules; re:REGEX too. Repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="NAME", help="Not these modules. Repeatable.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be touched, memory and time; write nothing.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Only JSON on stdout; messages go to stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Tracebacks, and what libraries log.")]
-Text = Annotated[str | None, typer.Option("--eval-text", metavar="FILE", help="Held-out text for perplexity before and after.")]
+Text = Annotated[
+    str | None,
+    typer.Option("--eval-text", metavar="FILE", help="Held-out text for perplexity before and after."),
+]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Windows of the text that are scored.")]
 Task = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task, such as arc_easy. Repeatable.")]
+Pattern = Annotated[
+    str, typer.Option("--pattern", help="2:4 (2 of 4 kept), n:m, or a share to prune such as 50%.")
+]
+Method = Annotated[str, typer.Option("--method", help="magnitude, wanda or sparsegpt.")]
+Damp = Annotated[
+    float | None, typer.Option("--damp", help="Share of the mean diagonal added to the Gram matrix.")
+]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Leave layers that cannot be pruned instead of stopping.")
+]
+Form = Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")]
+Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")]
+Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")]

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lissom.cli.console import duration_text
-from lissom.reporting.verdict import byte_text, ratio_text
+from lissom.reporting.wording import byte_text, duration_text, ratio_text
 
 
 def table(*heads: str, title: str | None = None) -> Table:
@@ -27,22 +26,27 @@ def pairs_view(console: Console, values: dict[str, Any]) -> None:
     made = Table.grid(padding=(0, 3))
     for name, value in values.items():
         if value is not None:
-            made.add_row(Text(name.replace("_", " "), style="dim"), Text(str(value)))
+            made.add_row(Text(name, style="dim"), Text(str(value)))
     console.print(made)
 
 
 def info_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom info`."""
-    pairs_view(console, {
-        "lissom": value["lissom"], "python": value["python"],
-        **value["packages"],
-        "cpu": f"{value['cpu']} ({value['core']}{'' if value['core_measured'] else ', not measured'})",
-        "instruction sets": f"{value['isa']} in use, {value['detected_isa']} detected",
-        "cores, threads": f"{value['cores']}, {value['threads']}",
-        "memory": byte_text(value["memory_bytes"]), "gpu": value["gpu"] or "none",
-        "build": ", ".join(f"{k} {v}" for k, v in value["build"].items()),
-        **{name: setting or "not set" for name, setting in value["settings"].items()},
-    })
+    pairs_view(
+        console,
+        {
+            "lissom": value["lissom"],
+            "python": value["python"],
+            **value["packages"],
+            "cpu": f"{value['cpu']} ({value['core']}{'' if value['core_measured'] else ', not measured'})",
+            "instruction sets": f"{value['isa']} in use, {value['detected_isa']} detected",
+            "cores, threads": f"{value['cores']}, {value['threads']}",
+            "memory": byte_text(value["memory_bytes"]),
+            "gpu": value["gpu"] or "none",
+            "build": ", ".join(f"{k} {v}" for k, v in value["build"].items()),
+            **{name: setting or "not set" for name, setting in value["settings"].items()},
+        },
+    )
     for family, kernels in value["kernels"].items():
         rows = sorted({int(row) for by_rows in kernels.values() for row in by_rows})
         made = table("dtype", *[f"M >= {row}" for row in rows], title=f"{family}: kernel by rows of x")
@@ -57,18 +61,31 @@ def inspect_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom inspect`."""
     prune = value["prune"]
     made_by = value["made_by"]
-    pairs_view(console, {
-        "model": value["model"], "family": value["family"], "dtype": value["dtype"], "blocks": value["blocks"],
-        "parameters": f"{value['parameters']:,}", "weight files": byte_text(value["file_bytes"]),
-        "format": "2:4 packed by lissom" if value["packed"] else value["quantization"] or "dense",
-        "made by": f"lissom {made_by.get('version')}, {made_by.get('method')} {made_by.get('pattern')}" if made_by else None,
-    })
+    pairs_view(
+        console,
+        {
+            "model": value["model"],
+            "family": value["family"],
+            "dtype": value["dtype"],
+            "blocks": value["blocks"],
+            "parameters": f"{value['parameters']:,}",
+            "weight files": byte_text(value["file_bytes"]),
+            "format": "2:4 packed by lissom" if value["packed"] else value["quantization"] or "dense",
+            "made by": f"lissom {made_by.get('version')}, {made_by.get('method')} {made_by.get('pattern')}"
+            if made_by
+            else None,
+        },
+    )
     made = table("linear", "shape", "count", "parameters")
     for row in value["linears"]:
-        made.add_row(Text(row["kind"]), "×".join(map(str, row["shape"])), str(row["count"]), f"{row['parameters']:,}")
+        made.add_row(
+            Text(row["kind"]), "×".join(map(str, row["shape"])), str(row["count"]), f"{row['parameters']:,}"
+        )
     console.print(made)
-    line = (f"prune {prune['pattern']} would touch {len(prune['touched'])} linears, {prune['touched_share']:.0%} of the "
-            "parameters")
+    line = (
+        f"prune {prune['pattern']} would touch {len(prune['touched'])} linears, "
+        f"{prune['touched_share']:.0%} of the parameters"
+    )
     if prune["packed_bytes"]:
         line += f": {byte_text(prune['dense_bytes'])} become {byte_text(prune['packed_bytes'])}"
     console.print(line)
@@ -78,12 +95,15 @@ def inspect_view(console: Console, value: dict[str, Any]) -> None:
 def plan_view(console: Console, value: dict[str, Any]) -> None:
     """`--dry-run`."""
     for step in value["steps"]:
-        line = f"{step['verb']}: peak memory {byte_text(step['peak_bytes'])}, about {duration_text(step['estimated_seconds'])}"
+        need, time = byte_text(step["peak_bytes"]), duration_text(step["estimated_seconds"])
+        line = f"{step['verb']}: peak memory {need}, about {time}"
         if "touched" in step:
             line += f"; touches {len(step['touched'])} linears, {step['touched_share']:.1%} of the parameters"
         console.print(line)
         _left(console, step.get("left", {}))
-    console.print(f"in all about {duration_text(value['estimated_seconds'])} (timing of speed and kernels not counted)")
+    console.print(
+        f"in all about {duration_text(value['estimated_seconds'])} (timing of speed and kernels not counted)"
+    )
     for path in value["writes"]:
         console.print(f"would write {path}", style="dim", markup=False)
 
@@ -91,10 +111,17 @@ def plan_view(console: Console, value: dict[str, Any]) -> None:
 def eval_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom eval`."""
     if "perplexity" in value:
-        pairs_view(console, {
-            "perplexity": f"{value['perplexity']:.3f}", "bits per byte": f"{value['bits_per_byte']:.4f}",
-            "nats per token": f"{value['nats_per_token']:.4f}", "scored tokens": f"{value['tokens']:,}",
-            "protocol": value["protocol"], "time": duration_text(value["seconds"])})
+        pairs_view(
+            console,
+            {
+                "perplexity": f"{value['perplexity']:.3f}",
+                "bits per byte": f"{value['bits_per_byte']:.4f}",
+                "nats per token": f"{value['nats_per_token']:.4f}",
+                "scored tokens": f"{value['tokens']:,}",
+                "protocol": value["protocol"],
+                "time": duration_text(value["seconds"]),
+            },
+        )
     if "tasks" in value:
         made = table("task", "metric", "value")
         for task, metrics in value["tasks"].items():
@@ -105,17 +132,31 @@ def eval_view(console: Console, value: dict[str, Any]) -> None:
 
 def generate_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom generate`: the text has been printed as it came."""
-    Console(stderr=True).print(f"{value['new_tokens']} tokens, {value['tokens_per_s']:.1f} tokens/s", style="dim")
+    Console(stderr=True).print(
+        f"{value['new_tokens']} tokens, {value['tokens_per_s']:.1f} tokens/s", style="dim"
+    )
 
 
 def sparse24_view(console: Console, rows: list[dict[str, Any]]) -> None:
     """`lissom bench sparse24`."""
-    made = table("dtype", "threads", "M", "N", "K", "2:4 µs", "best dense µs", "which", "ratio", "GFLOP/s", "GB/s")
+    made = table(
+        "dtype", "threads", "M", "N", "K", "2:4 µs", "best dense µs", "which", "ratio", "GFLOP/s", "GB/s"
+    )
     for row in rows:
         peer = min(row["peers"], key=row["peers"].__getitem__)
-        made.add_row(row["dtype"], str(row["threads"]), str(row["M"]), str(row["N"]), str(row["K"]),
-                     f"{row['ours_us']:,.0f}", f"{row['peers'][peer]:,.0f}", peer, f"{row['ratio_best']:.2f}×",
-                     f"{row['gflops']:.0f}", f"{row['gbps']:.1f}")
+        made.add_row(
+            row["dtype"],
+            str(row["threads"]),
+            str(row["M"]),
+            str(row["N"]),
+            str(row["K"]),
+            f"{row['ours_us']:,.0f}",
+            f"{row['peers'][peer]:,.0f}",
+            peer,
+            f"{row['ratio_best']:.2f}×",
+            f"{row['gflops']:.0f}",
+            f"{row['gbps']:.1f}",
+        )
     console.print(made)
 
 
@@ -124,36 +165,60 @@ def generation_view(console: Console, value: dict[str, Any]) -> None:
     made = table("", "prefill tok/s", "decode tok/s", "ms/token", "linears", "lm_head", "attention", "other")
     for row in value["variants"]:
         shares = row["decode_shares"]
-        made.add_row(row["label"], f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.2f}",
-                     f"{1e3 * row['decode_seconds']:.1f}",
-                     *[f"{shares[part]:.0%}" if shares else "" for part in ("linears", "lm_head", "attention", "other")])
+        made.add_row(
+            row["label"],
+            f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{1e3 * row['decode_seconds']:.1f}",
+            *[
+                f"{shares[part]:.0%}" if shares else ""
+                for part in ("linears", "lm_head", "attention", "other")
+            ],
+        )
     console.print(made)
     for phase in ("decode", "prefill"):
         parts = value["attribution"][phase]
-        console.print(f"{phase}: {ratio_text(parts['total'])} transformers as it comes = {ratio_text(parts['peer_weakness'])} "
-                      f"dense peer's weakness × {ratio_text(parts['sparsity'])} by 2:4")
+        console.print(
+            f"{phase}: {ratio_text(parts['total'])} transformers as it comes = "
+            f"{ratio_text(parts['peer_weakness'])} dense peer's weakness × "
+            f"{ratio_text(parts['sparsity'])} by 2:4"
+        )
     for row in value["variants"]:
         if row["memory"]:
-            console.print(f"peak memory, {row['label']}: {byte_text(row['memory']['running_peak_bytes'])} running, "
-                          f"{byte_text(row['memory']['loading_peak_bytes'])} loading")
+            console.print(
+                f"peak memory, {row['label']}: {byte_text(row['memory']['running_peak_bytes'])} running, "
+                f"{byte_text(row['memory']['loading_peak_bytes'])} loading"
+            )
 
 
 def report_view(console: Console, report: dict[str, Any]) -> None:
     """What a run that saved has to show."""
     made = table("", "before", "after", "")
     size, speed, quality = report["size"], report.get("speed"), report.get("quality") or {}
-    made.add_row("weight files", byte_text(size["source_bytes"]), byte_text(size["output_bytes"]),
-                 f"{size['output_bytes'] / size['source_bytes']:.2f} of it")
+    made.add_row(
+        "weight files",
+        byte_text(size["source_bytes"]),
+        byte_text(size["output_bytes"]),
+        f"{size['output_bytes'] / size['source_bytes']:.2f} of it",
+    )
     if speed:
         rows = {row["name"]: row for row in speed["variants"]}
         for phase in ("decode", "prefill"):
             key, parts = f"{phase}_tokens_per_s", speed["attribution"][phase]
-            made.add_row(f"{phase}, tokens/s", f"{rows['dense'][key]:.1f}", f"{rows['packed'][key]:.1f}",
-                         f"{ratio_text(parts['total'])}; {ratio_text(parts['sparsity'])} best dense")
+            made.add_row(
+                f"{phase}, tokens/s",
+                f"{rows['dense'][key]:.1f}",
+                f"{rows['packed'][key]:.1f}",
+                f"{ratio_text(parts['total'])}; {ratio_text(parts['sparsity'])} best dense",
+            )
     if quality.get("before") and quality.get("after"):
         before, after = quality["before"], quality["after"]
-        made.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}",
-                     ratio_text(after["perplexity"] / before["perplexity"]))
+        made.add_row(
+            "perplexity",
+            f"{before['perplexity']:.2f}",
+            f"{after['perplexity']:.2f}",
+            ratio_text(after["perplexity"] / before["perplexity"]),
+        )
     console.print(made)
     verdict = report["verdict"]
     console.print(verdict["headline"], style="bold", markup=False)

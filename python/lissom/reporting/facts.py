@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lissom.reporting.roofline import linear_bytes
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -69,8 +71,10 @@ def model_folder(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"there is no model folder {str(model)!r} and no such model in the local Hugging Face "
-                                "cache: check the path, or download the model first") from error
+        raise FileNotFoundError(
+            f"there is no model folder {str(model)!r} and no such model in the local Hugging Face "
+            "cache: check the path, or download the model first"
+        ) from error
 
 
 def weight_file_bytes(folder: str | Path) -> int:
@@ -103,7 +107,11 @@ def skeleton(model: str | Path, *, dtype: str = "auto") -> nn.Module:
 
 
 def inventory(
-    model: str | Path, *, pattern: str = "2:4", include: list[str] | None = None, exclude: list[str] | None = None,
+    model: str | Path,
+    *,
+    pattern: str = "2:4",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> dict[str, Any]:
     """Blocks, linears and parameters of a model, and what pruning could touch; no weight is read.
 
@@ -114,7 +122,8 @@ def inventory(
         exclude: module names or "re:" patterns to leave.
 
     Returns:
-        Plain values: sizes, `linears` by kind, `prune` with what is touched, what is left and why, and the bytes after.
+        Plain values: sizes, `linears` by kind, `prune` with what is touched, what is left and why,
+        and the bytes after.
 
     Raises:
         UnsupportedModelError: an architecture that lissom does not know.
@@ -122,33 +131,59 @@ def inventory(
     from transformers import PretrainedConfig
 
     from lissom.models.walk import describe
-    from lissom.pruning import plan_prune
 
     folder = model_folder(model)
     raw, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
     quantization = raw.get("quantization_config") or {}
     net = skeleton(folder)
     parts = describe(net)
-    plan = plan_prune(net, pattern=pattern, method="magnitude", include=include, exclude=exclude, strict=False)
-    element = next(net.parameters()).element_size()
-    shapes = {ref.name: ref.shape for ref in [*parts.linears(), *([parts.head] if parts.head else [])]}
     kinds: dict[tuple[str, tuple[int, int]], int] = {}
     for ref in parts.linears():
         key = (re.sub(r"^.*\.\d+\.", "", ref.name), ref.shape)
         kinds[key] = kinds.get(key, 0) + 1
-    dense = sum(shapes[name][0] * shapes[name][1] * element for name in plan.touched)
-    packed = sum(n * k // 2 * element + n * -(-k // 8) for n, k in (shapes[name] for name in plan.touched))
     return {
-        "model": str(model), "family": parts.family, "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
-        "blocks": len(parts.blocks), "parameters": plan.total_parameters,
+        "model": str(model),
+        "family": parts.family,
+        "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
+        "blocks": len(parts.blocks),
+        "parameters": sum(p.numel() for p in net.parameters()),
         "file_bytes": weight_file_bytes(folder),
-        "packed": quantization.get("quant_method") == "lissom", "quantization": quantization.get("quant_method"),
+        "packed": quantization.get("quant_method") == "lissom",
+        "quantization": quantization.get("quant_method"),
         "made_by": raw.get("lissom"),
-        "linears": [{"kind": kind, "shape": list(shape), "count": count, "parameters": count * shape[0] * shape[1]}
-                    for (kind, shape), count in kinds.items()],
-        "prune": {"pattern": plan.pattern, "touched": plan.touched, "left": plan.left,
-                  "touched_parameters": plan.touched_parameters, "touched_share": plan.touched_share,
-                  "dense_bytes": dense, "packed_bytes": packed if plan.pattern == "2:4" else None},
+        "linears": [
+            {"kind": kind, "shape": list(shape), "count": count, "parameters": count * shape[0] * shape[1]}
+            for (kind, shape), count in kinds.items()
+        ],
+        "prune": _reach(net, pattern, include, exclude),
+    }
+
+
+def _reach(
+    net: nn.Module, pattern: str, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    """What a prune would touch, and its bytes before and after packing."""
+    from lissom.models.walk import describe
+    from lissom.pruning import plan_prune
+
+    plan = plan_prune(
+        net, pattern=pattern, method="magnitude", include=include, exclude=exclude, strict=False
+    )
+    parts = describe(net)
+    element = next(net.parameters()).element_size()
+    shapes = {ref.name: ref.shape for ref in [*parts.linears(), *([parts.head] if parts.head else [])]}
+    dense, packed = (
+        sum(linear_bytes(0, *shapes[name], element=element, sparse=sparse) for name in plan.touched)
+        for sparse in (False, True)
+    )
+    return {
+        "pattern": plan.pattern,
+        "touched": plan.touched,
+        "left": plan.left,
+        "touched_parameters": plan.touched_parameters,
+        "touched_share": plan.touched_share,
+        "dense_bytes": dense,
+        "packed_bytes": packed if plan.pattern == "2:4" else None,
     }
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML and SVG elements whose text is escaped unless it is an element itself."""
+"""HTML and SVG elements that escape their text, and the few forms a page is made of."""
 
 from __future__ import annotations
 
 import html
+import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -17,7 +19,7 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
     Args:
         name: tag name.
         children: elements, text (escaped), numbers, lists of these; None is left out.
-        attributes: values are escaped; None is left out; `class_` is `class`, other underscores become hyphens.
+        attributes: values are escaped; None is left out; `class_` is `class`, other underscores are hyphens.
 
     Returns:
         The markup.
@@ -26,8 +28,11 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
         >>> element("p", "a < b", class_="note")
         '<p class="note">a &lt; b</p>'
     """
-    shown = "".join(f' {_attribute_name(key)}="{html.escape(str(value))}"'
-                    for key, value in attributes.items() if value is not None)
+    shown = "".join(
+        f' {_attribute_name(key)}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     if name in ("meta", "br", "col", "line", "rect", "circle") and not children:
         return Markup(f"<{name}{shown}/>" if name in ("line", "rect", "circle") else f"<{name}{shown}>")
     return Markup(f"<{name}{shown}>{join(*children)}</{name}>")
@@ -35,7 +40,7 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 def join(*children: Any) -> Markup:
     """Children one after the other, escaped where they are text."""
-    parts = []
+    parts: list[str] = []
     for child in children:
         if child is None:
             continue
@@ -44,6 +49,59 @@ def join(*children: Any) -> Markup:
         else:
             parts.append(child if isinstance(child, Markup) else html.escape(str(child)))
     return Markup("".join(parts))
+
+
+def section(title: str, *content: Markup | None) -> Markup:
+    """A titled part of the page."""
+    return element("section", element("h2", title), *content)
+
+
+def figure(plot: Markup, title: str | None = None, caption: str | None = None) -> Markup:
+    """A plot with its title above and its explanation below."""
+    return element(
+        "figure",
+        element("h3", title) if title else None,
+        plot,
+        element("figcaption", caption) if caption else None,
+    )
+
+
+def fold(title: str, *content: Markup) -> Markup:
+    """Something the reader opens when wanted."""
+    return element("details", element("summary", title), *content)
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Markup:
+    """A table that scrolls sideways where it does not fit."""
+    body = [element("tr", [element("td", cell) for cell in row]) for row in rows]
+    return element(
+        "div",
+        element(
+            "table",
+            element("thead", element("tr", [element("th", h, scope="col") for h in heads])),
+            element("tbody", body),
+        ),
+        class_="wide",
+        tabindex="0",
+    )
+
+
+def pairs(values: dict[str, Any]) -> Markup:
+    """Names and values; what is not text or number is shown as JSON."""
+    rows = [
+        element(
+            "tr",
+            element("th", key.replace("_", " "), scope="row"),
+            element(
+                "td", value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
+            ),
+        )
+        for key, value in values.items()
+        if value is not None
+    ]
+    return element(
+        "div", element("table", element("tbody", rows), class_="pairs"), class_="wide", tabindex="0"
+    )
 
 
 def _attribute_name(key: str) -> str:

@@ -75,8 +75,8 @@ def attainable(intensity: float, *, gbps: float, gflops: float) -> float:
 def kernel_points(rows: list[dict[str, Any]], *, gbps: float, gflops: float) -> list[Point]:
     """Points of a roofline chart from benchmark rows.
 
-    Speed counts the dense problem's operations for every kernel, so higher is faster for the same layer; the 2:4
-    kernel does half of them, and its compute ceiling is therefore twice as high.
+    Speed counts the dense problem's operations for every kernel, so higher is faster for the same layer;
+    the 2:4 kernel does half of them, and its compute ceiling is therefore twice as high.
 
     Args:
         rows: `lissom.benchmark.sparse24.run()` rows of one dtype and thread count.
@@ -84,7 +84,7 @@ def kernel_points(rows: list[dict[str, Any]], *, gbps: float, gflops: float) -> 
         gflops: its measured dense arithmetic speed.
 
     Returns:
-        Two points a row: ours and the fastest peer. `share` is the part of the attainable speed that is reached.
+        Two points a row: ours and the fastest peer. `share` is the part of the attainable speed reached.
     """
     points = []
     for row in rows:

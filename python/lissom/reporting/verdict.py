@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lissom.reporting.wording import byte_text, ratio_text
+
 # Below 5 % two medians of one machine cannot be told apart.
 NOISE = 0.05
 _QUALITY = [
@@ -31,32 +33,13 @@ def judge(report: dict[str, Any]) -> dict[str, Any]:
     _judge_speed(report, gains, costs, unknown)
     _judge_quality(report, gains, costs, unknown)
     nothing = not gains
-    return {"headline": _headline(report, nothing), "gains": gains, "costs": costs, "unknown": unknown,
-            "nothing_gained": nothing}
-
-
-def ratio_text(ratio: float) -> str:
-    """A factor as people read it.
-
-    Example:
-        >>> ratio_text(2.043), ratio_text(0.987), ratio_text(112.4)
-        ('2.04×', '0.99×', '112×')
-    """
-    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
-
-
-def byte_text(count: float) -> str:
-    """Bytes in decimal units.
-
-    Example:
-        >>> byte_text(269_000_000), byte_text(999)
-        ('269 MB', '999 B')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            value = count / size
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
-    return f"{count:.0f} B"
+    return {
+        "headline": _headline(report, nothing),
+        "gains": gains,
+        "costs": costs,
+        "unknown": unknown,
+        "nothing_gained": nothing,
+    }
 
 
 def _judge_size(report: dict[str, Any], gains: list[str], costs: list[str]) -> None:
@@ -68,8 +51,10 @@ def _judge_size(report: dict[str, Any], gains: list[str], costs: list[str]) -> N
     if after < before * 0.98:
         gains.append(f"The files shrink {change}, {1 - after / before:.0%} less.")
     elif report.get("output", {}).get("format") == "dense":
-        costs.append(f"No gain in size ({change}): format 'dense' writes the zeros out; every tool reads it, nothing gets "
-                     "smaller or faster. Use format 'packed' with pattern 2:4 for that.")
+        costs.append(
+            f"No gain in size ({change}): format 'dense' writes the zeros out; every tool reads it, nothing "
+            "gets smaller or faster. Use format 'packed' with pattern 2:4 for that."
+        )
     else:
         costs.append(f"No gain in size ({change}): hardly any weight could be packed.")
 
@@ -82,12 +67,15 @@ def _judge_speed(report: dict[str, Any], gains: list[str], costs: list[str], unk
     for phase, name in (("decode", "Decode"), ("prefill", "Prefill")):
         parts = speed["attribution"][phase]
         total, sparsity = parts["total"], parts["sparsity"]
-        against = f"{ratio_text(total)} transformers as it comes, {ratio_text(sparsity)} the best dense kernels here"
+        best = f"{ratio_text(sparsity)} the best dense kernels here"
+        against = f"{ratio_text(total)} transformers as it comes, {best}"
         if sparsity >= 1 + NOISE:
             gains.append(f"{name} runs at {against}.")
         elif total >= 1 + NOISE:
-            gains.append(f"{name} runs at {against}: faster than what you run today, but a good dense kernel would do as "
-                         "much without pruning.")
+            gains.append(
+                f"{name} runs at {against}: faster than what you run today, but a good dense kernel "
+                "would do as much without pruning."
+            )
         elif total > 1 - NOISE:
             costs.append(f"{name} is as fast as before ({against}).")
         else:
@@ -97,11 +85,15 @@ def _judge_speed(report: dict[str, Any], gains: list[str], costs: list[str], unk
 def _judge_quality(report: dict[str, Any], gains: list[str], costs: list[str], unknown: list[str]) -> None:
     quality = report.get("quality") or {}
     if not quality.get("before") or not quality.get("after"):
-        unknown.append("Quality was not measured: name a held-out text (--eval-text FILE) to know what pruning cost.")
+        unknown.append(
+            "Quality was not measured: name a held-out text (--eval-text FILE) to know what pruning cost."
+        )
         return
     before, after = quality["before"]["perplexity"], quality["after"]["perplexity"]
-    costs.append(f"Perplexity goes from {before:.1f} to {after:.1f} ({ratio_text(after / before)}): "
-                 f"{quality_word(after / before)}.")
+    costs.append(
+        f"Perplexity goes from {before:.1f} to {after:.1f} ({ratio_text(after / before)}): "
+        f"{quality_word(after / before)}."
+    )
 
 
 def quality_word(ratio: float) -> str:
@@ -125,7 +117,7 @@ def _headline(report: dict[str, Any], nothing: bool) -> str:
     if size and size.get("source_bytes") and size["output_bytes"] < size["source_bytes"] * 0.98:
         claims.append(f"{1 - size['output_bytes'] / size['source_bytes']:.0%} smaller")
     if speed and speed["attribution"]["decode"]["total"] >= 1 + NOISE:
-        claims.append(f"{ratio_text(speed['attribution']['decode']['total'])} the speed in decode")
+        claims.append(f"{ratio_text(speed['attribution']['decode']['total'])} transformers' speed in decode")
     if speed and speed["attribution"]["prefill"]["total"] >= 1 + NOISE:
         claims.append(f"{ratio_text(speed['attribution']['prefill']['total'])} in prefill")
     text = _listed(claims)
