@@ -94,7 +94,9 @@ def test_uses_the_standard_library_only():
     names = {
         name.split(".")[0]
         for node in at_import - inside
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        )
     }
     assert names <= set(sys.stdlib_module_names)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -166,6 +167,12 @@ def test_base_model_loads_a_checkpoint_with_a_head(packed_folder, tokens):
     assert len(packed_modules(base)) == 14
     wanted = reload(packed_folder).model(tokens).last_hidden_state
     torch.testing.assert_close(base(tokens).last_hidden_state, wanted)
+
+
+def test_another_head_may_be_new(packed_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(packed_folder, num_labels=3)
+    assert len(packed_modules(model)) == 14
+    assert model.score.weight.shape == (3, 32)
 
 
 def test_sparsified_model_saves_what_it_holds(llama, logits, tmp_path):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
 
 def load_model(
     path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, local_files_only: bool = True
@@ -25,14 +27,13 @@ def load_model(
     Args:
         path: a model folder, or the name of a model that is in the local Hugging Face cache.
         dtype: type of the weights; as stored if None.
-        local_files_only: False allows ``transformers`` to download.
+        local_files_only: False allows a download.
 
     Returns:
         The model on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder is damaged, incomplete or of an unknown kind.
-        OSError: a named model is not in the local cache.
+        CheckpointError: there is no such model here, or it is damaged, incomplete or of an unknown kind.
 
     Example:
         >>> load_model("/nowhere")
@@ -44,11 +45,12 @@ def load_model(
     from lissom.hf.quantizer import register
 
     register()
-    name = _checked_name(path)
+    folder = _local_folder(path, local_files_only)
+    check_folder(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name,
+        folder,
         dtype="auto" if dtype is None else dtype,
-        local_files_only=local_files_only,
+        local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
@@ -65,28 +67,33 @@ def load_tokenizer(path: str | os.PathLike[str], *, local_files_only: bool = Tru
 
     Args:
         path: a model folder, or the name of a model that is in the local Hugging Face cache.
-        local_files_only: False allows ``transformers`` to download.
+        local_files_only: False allows a download.
 
     Returns:
         The tokenizer.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such model here.
         OSError: the folder has no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer
 
-    name = str(path)
-    if _names_a_folder(name):
-        _existing_folder(name)
-    return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+    folder = _local_folder(path, local_files_only)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _checked_name(path: str | os.PathLike[str]) -> str:
+def _local_folder(path: str | os.PathLike[str], local_files_only: bool) -> Path:
     name = str(path)
     if _names_a_folder(name):
-        check_folder(_existing_folder(name))
-    return name
+        return _existing_folder(name)
+    # Given a name, transformers asks the network for an adapter even where local_files_only forbids it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=local_files_only, allow_patterns=_MODEL_FILES))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{name} is neither a folder nor a model in the local cache") from error
 
 
 def _names_a_folder(name: str) -> bool:

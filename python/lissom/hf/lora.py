@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def merge_lora(model: PeftModel, *, adapter_names: Sequence[str] | None = None) 
         _log.warning(
             "merge_lora dropped %.0f %% of the update's norm: it fell on pruned weights", 100 * share
         )
-    return model.merge_and_unload(adapter_names=None if adapter_names is None else list(adapter_names))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(All adapters|Already following adapters).* merged")
+        return model.merge_and_unload(adapter_names=None if adapter_names is None else list(adapter_names))
 
 
 def _packed_layers(model: nn.Module) -> dict[str, Any]:

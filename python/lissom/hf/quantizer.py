@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lissom.hf.checkpoint import (
     FORMAT_VERSION,
     META_LAYOUT,
+    META_SUFFIX,
     METHOD,
     PATTERN,
     CheckpointError,
@@ -125,16 +127,9 @@ class Sparse24Quantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in packed_modules(model).items():
-            if name not in self._names:
-                continue
-            for key in ("weight", "weight_meta", "bias"):
-                tensor = getattr(module, key)
-                # transformers fills what it did not find with fresh values and only logs it.
-                if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"{name}.{key} is missing from the checkpoint, or has another shape"
-                    )
+        swapped = {name: module for name, module in packed_modules(model).items() if name in self._names}
+        _refuse_unfilled(model, swapped)
+        for name, module in swapped.items():
             module.weight.requires_grad_(False)
             try:
                 module.pack_()
@@ -237,6 +232,19 @@ def _check_against_model(module: Sparse24Linear, stored: str, tensors: dict[str,
     if (f"{stored}.bias" in tensors) != (module.bias is not None):
         state = "has" if module.bias is None else "lacks"
         raise CheckpointError(f"the checkpoint {state} {stored}.bias, against what config.json describes")
+
+
+def _refuse_unfilled(model: PreTrainedModel, swapped: Mapping[str, Sparse24Linear]) -> None:
+    """transformers fills what it did not find with fresh values and only logs it; a new head may be so."""
+    tensors = dict(model.named_parameters())
+    tensors |= {f"{name}{META_SUFFIX}": module.weight_meta for name, module in swapped.items()}
+    complete = type(model).__name__ in (model.config.architectures or [])
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    for name, tensor in tensors.items():
+        if getattr(tensor, "_is_hf_initialized", False) or any(pattern.search(name) for pattern in optional):
+            continue
+        if complete or name.rpartition(".")[0] in swapped:
+            raise CheckpointError(f"{name} is missing from the checkpoint, or has another shape there")
 
 
 def _refuse_outside(root: str | None, files: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from lissom import _C  # noqa: F401  (defines torch.ops.lissom)
 from lissom.reference import sparse24 as twin
 
 _ops = torch.ops.lissom
@@ -297,18 +298,22 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, o
     ctx.save_for_backward(packed, *((x, bias) if ctx.act != "none" else (None, None)))
     ctx.x_dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     packed, x, bias = ctx.saved_tensors
-    d_residual = dy if ctx.needs_input_grad[6] else None
+    # The dispatcher drops trailing arguments that are None, and their entries here with them.
+    d_residual = dy if ctx.has_residual and ctx.needs_input_grad[6] else None
     if ctx.act != "none":
         pre = _ops.sparse24_linear(x, packed, ctx.N, ctx.K, bias, out_dtype=torch.float32)
         dy = _act_backward(dy.float(), pre, ctx.act)
     dx = None
     if ctx.needs_input_grad[0]:
         dx = _ops.sparse24_grad_input(dy.to(ctx.x_dtype), packed, ctx.N, ctx.K)
-    d_bias = dy.reshape(-1, ctx.N).float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+    d_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        d_bias = dy.reshape(-1, ctx.N).float().sum(0).to(ctx.bias_dtype)
     return dx, None, None, None, d_bias, None, d_residual
 
 
