@@ -16,6 +16,8 @@ from .report import PrunePlan
 from .selection import Selection, select_linears
 from .solver import find_method
 
+_BYTE_SECONDS = 1.25e-10  # of one thread in an elementwise operation on large tensors; measured
+
 
 def plan_prune(
     model: nn.Module,
@@ -83,38 +85,38 @@ def _peak_bytes(
 
 def _seconds(parts: ModelMap, selection: Selection, method: str, tokens: int, seq_len: int) -> float:
     weight = parts.blocks[0].linears[0].parameter
-    forward_rate = _rate(weight.dtype)
-    # Gram products of 16-bit inputs run at about half the speed of the model's own matmuls, never below
-    # float32's.
-    solve_rate = _rate(torch.float32)
-    gram_rate = max(solve_rate, forward_rate / 2) if weight.dtype == torch.bfloat16 else solve_rate
+    half = weight.dtype == torch.bfloat16
+    model_rate, solve_rate = _matmul_rate(weight.dtype), _matmul_rate(torch.float32)
+    element = _BYTE_SECONDS * weight.element_size() / torch.get_num_threads()
+    # Gram products of bfloat16 inputs run at a bit under half the rate of the model's own matmuls.
+    gram_rate = max(solve_rate, 0.4 * model_rate) if half else solve_rate
     seconds = 0.0
     for _, block in zip(selection.steps, parts.blocks):
-        width = block.linears[0].shape[1]
-        operations = (
-            2 * sum(linear.shape[0] * linear.shape[1] for linear in block.linears) + 2 * seq_len * width
-        )
-        seconds += 2 * operations * tokens / forward_rate
+        shapes = [linear.shape for linear in block.linears]
+        matmul = 2 * sum(rows * columns for rows, columns in shapes) / model_rate
+        # Attention runs at about a fifth of the matmul rate; norms, gates and residuals read and write each
+        # linear's input and output about twice.
+        attention = 2 * seq_len * shapes[0][1] / (0.2 * model_rate)
+        passes = 2 * sum(rows + columns for rows, columns in shapes) * element
+        seconds += 2 * tokens * (matmul + attention + passes)
     for step in selection.steps:
         for group in step.groups().values():
             rows, columns = sum(linear.shape[0] for linear in group), group[0].shape[1]
-            seconds += 1.3 * tokens * columns**2 / gram_rate
-            work = 4 * rows * columns**2
+            seconds += tokens * (1.2 * columns**2 / gram_rate + 2 * columns * element)
+            seconds += 4 * rows * columns**2 / solve_rate
             if method == "sparsegpt":
-                work += rows * columns**2 + 2 * columns**3
-                seconds += columns * (50e-6 + rows * 128 * 2e-10)
-            seconds += work / solve_rate
+                # The pass itself: 50 us of calls a column, and a rank-1 update of half a block of rows.
+                seconds += (rows * columns**2 + 2 * columns**3) / solve_rate
+                seconds += columns * (50e-6 + 64 * rows * 0.2e-9)
     return seconds
 
 
-def _rate(dtype: torch.dtype) -> float:
+def _matmul_rate(dtype: torch.dtype) -> float:
     """Operations per second of a matmul of two 1024 x 1024 matrices, here and now."""
-    size = 1024
-    left = torch.ones(size, size, dtype=dtype)
-    left @ left
+    left = torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(4):  # the first one warms up
         began = time.perf_counter()
         left @ left
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return 2 * 1024**3 / best
