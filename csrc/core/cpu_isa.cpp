@@ -24,7 +24,7 @@ constexpr int64_t kNever = INT64_MAX;
 // as soon as a few vectors of tokens share each decoded weight.
 constexpr CorePlan kPlans[] = {
     {"AMD Zen 4/5", true, true, kNever, kNever, kNever},
-    {"Intel Golden Cove family", true, false, 24, 24, 24},
+    {"Intel Golden Cove family", true, false, 48, 48, 48},
     {"unknown AVX-512 core", false, false, 48, 48, 48},
     {"AVX2 core", true, false, 48, 48, 48},
     {"portable", false, false, 16, 16, 16},

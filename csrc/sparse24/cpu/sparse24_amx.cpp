@@ -14,16 +14,21 @@ using namespace simd_avx512;
 
 constexpr int64_t kTokens = 16;  // rows of a tile
 constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kTileFloats = 256;
 constexpr int64_t kBytes = record_bytes(DType::bf16);
-constexpr int64_t kChunk = 16;               // records expanded at once: 2 panels x 16 KiB stay in L1
 constexpr int64_t kPrefetchAhead = 4096;
-constexpr int64_t kBlockBytes = 1024 * 1024;  // packed x of a token block: half of L2
+constexpr int64_t kMostTiles = 3;             // token tiles whose sums, with two panels, fit the tile registers
+constexpr int64_t kBlockBytes = 1024 * 1024;  // packed x of a block of tokens: half of L2
+constexpr int64_t kRing = 4;  // expanded records in flight
+constexpr int64_t kLead = 3;  // records between expansion and product
 
-// packed x: [tile of 16 tokens][record][16 tokens][32] bf16: every A tile is 1 KiB in a row. (Read straight from x,
-// rows a multiple of 4 KiB apart would fall into one L1 set.)
 int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
+
+// packed x: [tile of 16 tokens][record][16 tokens][32] bf16: an A tile is 1 KiB in a row. (Read straight from x, rows a
+// multiple of 4 KiB apart would fall into one L1 set.)
 int64_t x_tiles(const Linear& p) { return token_tiles(p.m); }
 size_t x_bytes(const Linear& p) { return static_cast<size_t>(token_tiles(p.m) * records(p.k) * kTileBytes); }
+size_t scratch_bytes(const Linear&) { return static_cast<size_t>(2 * kRing * kTileBytes); }
 
 void pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_x) {
   const int64_t count = records(p.k);
@@ -49,12 +54,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0-3: sums (a: token tile, b: panel, at 2a + b); 4, 5: x; 6, 7: W.
+// Tiles 0-5: sums (token tile a, panel b at 2a + b); 6: x; 7: W.
 void configure(int64_t tokens) {
   TileConfig config;
   for (int i = 0; i < 8; ++i) {
     config.row_bytes[i] = 64;
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? tokens : 16);
+    config.rows[i] = static_cast<uint8_t>(i < 7 ? tokens : 16);
   }
   _tile_loadconfig(&config);
 }
@@ -94,142 +99,99 @@ LISSOM_INLINE void expand(const Expander& e, const uint8_t* record, char* tile) 
   }
 }
 
-// Few tokens: the sums of one or two token tiles stay in registers over all of K. Memory-bound.
 template <int A, int B>
-void narrow(const Linear& p, const char* x, const uint8_t* panel, int64_t m0, int64_t n0, char* scratch) {
-  const Expander e = make_expander();
-  const int64_t count = records(p.k);
-  const int64_t next_panel = panel_bytes(p.k, DType::bf16);
+LISSOM_INLINE void clear_sums() {
   _tile_zero(0);
   if (B > 1) _tile_zero(1);
   if (A > 1) _tile_zero(2);
   if (A > 1 && B > 1) _tile_zero(3);
-  for (int64_t j = 0; j < count; ++j) {
-    char* w = scratch + (j % 4) * 2 * kTileBytes;
-    for (int b = 0; b < B; ++b) {
-      const uint8_t* record = panel + b * next_panel + j * kBytes;
-      for (int64_t at = 0; at < kBytes; at += 64) prefetch(record + kPrefetchAhead + at);
-      expand(e, record, w + b * kTileBytes);
-    }
-    _tile_loadd(4, x + j * kTileBytes, 64);
-    _tile_loadd(6, w, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (B > 1) {
-      _tile_loadd(7, w + kTileBytes, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (A > 1) {
-      _tile_loadd(5, x + (count + j) * kTileBytes, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (B > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  float out[A * B][16 * 16];
-  _tile_stored(0, out[0], 64);
-  if (B > 1) _tile_stored(1, out[1], 64);
-  if (A > 1) _tile_stored(2, out[B], 64);
-  if (A > 1 && B > 1) _tile_stored(3, out[B + 1], 64);
-  for (int a = 0; a < A; ++a) {
-    const int64_t rows = p.m - m0 - a * kTokens < kTokens ? p.m - m0 - a * kTokens : kTokens;
-    for (int b = 0; b < B; ++b) finish(p, out[a * B + b], 16, m0 + a * kTokens, rows, n0 + 16 * b, 1);
-  }
+  if (A > 2) _tile_zero(4);
+  if (A > 2 && B > 1) _tile_zero(5);
 }
 
-// Many tokens. A chunk of two panels is expanded once and used by every token tile of the block, whose packed x stays in
-// L2; the sums wait in `sums` between chunks.
 template <int A, int B>
-LISSOM_INLINE void multiply(const char* x, int64_t x_next, const char* w, int64_t count, float* sums, bool first) {
-  if (first) {
-    _tile_zero(0);
-    if (B > 1) _tile_zero(1);
-    if (A > 1) _tile_zero(2);
-    if (A > 1 && B > 1) _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    if (B > 1) _tile_loadd(1, sums + 256, 64);
-    if (A > 1) _tile_loadd(2, sums + 512, 64);
-    if (A > 1 && B > 1) _tile_loadd(3, sums + 768, 64);
-  }
-  for (int64_t j = 0; j < count; ++j, x += kTileBytes, w += 2 * kTileBytes) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, w, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (B > 1) {
-      _tile_loadd(7, w + kTileBytes, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (A > 1) {
-      _tile_loadd(5, x + x_next, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (B > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, 64);
-  if (B > 1) _tile_stored(1, sums + 256, 64);
-  if (A > 1) _tile_stored(2, sums + 512, 64);
-  if (A > 1 && B > 1) _tile_stored(3, sums + 768, 64);
+LISSOM_INLINE void store_sums(float* out) {  // [a][b][16][16]
+  _tile_stored(0, out, 64);
+  if (B > 1) _tile_stored(1, out + kTileFloats, 64);
+  if (A > 1) _tile_stored(2, out + B * kTileFloats, 64);
+  if (A > 1 && B > 1) _tile_stored(3, out + 3 * kTileFloats, 64);
+  if (A > 2) _tile_stored(4, out + 2 * B * kTileFloats, 64);
+  if (A > 2 && B > 1) _tile_stored(5, out + 5 * kTileFloats, 64);
 }
 
-int64_t block_tiles(const Linear& p) {
-  const int64_t fit = kBlockBytes / (records(p.k) * kTileBytes);
-  const int64_t most = fit < 4 ? 4 : fit;
-  return (equal_tiles(token_tiles(p.m), most).rows + 1) / 2 * 2;
+// A token tiles times B panels over all of K, sums in tile registers. Records are expanded kLead ahead of their products:
+// a tile load must wait until the stores it reads have left the store buffer, and meanwhile the products of earlier
+// records occupy the AMX unit while the expansion uses the shuffle port.
+template <int A, int B>
+void product(const Linear& p, const char* x, const uint8_t* panel, int64_t m0, int64_t n0, char* ring) {
+  const Expander e = make_expander();
+  const int64_t count = records(p.k), x_next = count * kTileBytes;
+  const int64_t next_panel = panel_bytes(p.k, DType::bf16);
+  clear_sums<A, B>();
+  for (int64_t i = 0; i < count + kLead; ++i) {
+    if (i < count) {
+      for (int b = 0; b < B; ++b) {
+        const uint8_t* record = panel + b * next_panel + i * kBytes;
+        for (int64_t at = 0; at < kBytes; at += 64) prefetch(record + kPrefetchAhead + at);
+        expand(e, record, ring + (i % kRing * 2 + b) * kTileBytes);
+      }
+    }
+    if (i < kLead) continue;
+    const char* w = ring + (i - kLead) % kRing * 2 * kTileBytes;
+    _tile_loadd(7, w, 64);
+    _tile_loadd(6, x, 64);
+    _tile_dpbf16ps(0, 6, 7);
+    if (A > 1) _tile_loadd(6, x + x_next, 64);
+    if (A > 1) _tile_dpbf16ps(2, 6, 7);
+    if (A > 2) _tile_loadd(6, x + 2 * x_next, 64);
+    if (A > 2) _tile_dpbf16ps(4, 6, 7);
+    if (B > 1) {
+      _tile_loadd(7, w + kTileBytes, 64);
+      if (A > 2) _tile_dpbf16ps(5, 6, 7);
+      if (A > 1) _tile_loadd(6, x + x_next, 64);
+      if (A > 1) _tile_dpbf16ps(3, 6, 7);
+      if (A > 1) _tile_loadd(6, x, 64);
+      _tile_dpbf16ps(1, 6, 7);
+    }
+    x += kTileBytes;
+  }
+  float out[A * B * kTileFloats];
+  store_sums<A, B>(out);
+  for (int64_t a = 0; a < A; ++a) {
+    const int64_t m = m0 + a * kTokens;
+    finish(p, {out + a * B * kTileFloats, 16, kTileFloats}, m, p.m - m < kTokens ? p.m - m : kTokens, n0, B);
+  }
 }
 
 template <int B>
-void wide(const Linear& p, const char* x, const uint8_t* panel, int64_t t0, int64_t t1, int64_t n0, char* scratch) {
-  const Expander e = make_expander();
-  const int64_t count = records(p.k);
-  const int64_t next_panel = panel_bytes(p.k, DType::bf16);
-  char* w = scratch;
-  float* sums = reinterpret_cast<float*>(scratch + 2 * kChunk * kTileBytes);  // [pair of tiles][a][b][16][16]
-  for (int64_t j = 0; j < count; j += kChunk) {
-    const int64_t here = count - j < kChunk ? count - j : kChunk;
-    for (int64_t i = 0; i < here; ++i)
-      for (int b = 0; b < B; ++b) {
-        const uint8_t* record = panel + b * next_panel + (j + i) * kBytes;
-        expand(e, record, w + (2 * i + b) * kTileBytes);
-        for (int64_t at = 0; at < kBytes; at += 64) _mm_prefetch(record + kChunk * kBytes + at, _MM_HINT_T1);
-      }
-    for (int64_t t = t0; t < t1; t += 2) {
-      const char* from = x + (t * count + j) * kTileBytes;
-      float* to = sums + (t - t0) / 2 * 1024;
-      if (t + 1 < t1)
-        multiply<2, B>(from, count * kTileBytes, w, here, to, j == 0);
-      else
-        multiply<1, B>(from, 0, w, here, to, j == 0);
-    }
-  }
-  for (int64_t t = t0; t < t1; ++t) {
-    const int64_t rows = p.m - t * kTokens < kTokens ? p.m - t * kTokens : kTokens;
-    const float* from = sums + (t - t0) / 2 * 1024 + (t - t0) % 2 * 512;
-    for (int b = 0; b < B; ++b) finish(p, from + 256 * b, 16, t * kTokens, rows, n0 + 16 * b, 1);
+void product_of(int64_t tiles, const Linear& p, const char* x, const uint8_t* panel, int64_t m0, int64_t n0, char* ring) {
+  switch (tiles) {
+    case 1: return product<1, B>(p, x, panel, m0, n0, ring);
+    case 2: return product<2, B>(p, x, panel, m0, n0, ring);
+    default: return product<3, B>(p, x, panel, m0, n0, ring);
   }
 }
 
-size_t scratch_bytes(const Linear& p) {
-  return static_cast<size_t>(2 * kChunk * kTileBytes + block_tiles(p) * 2 * kTileBytes);
-}
-
+// Blocks of tokens outermost: their packed x stays in L2. Inside, a pair of panels comes from memory once and is met by
+// all token tiles of the block from L2.
 void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
-  const char* x = static_cast<const char*>(packed_x);
-  char* own = static_cast<char*>(scratch);
-  const int64_t tiles = token_tiles(p.m);
-  const int64_t block = tiles > 2 ? block_tiles(p) : 2;
+  const int64_t tiles = token_tiles(p.m), x_tile = records(p.k) * kTileBytes;
+  const int64_t fit = kBlockBytes / x_tile / kMostTiles * kMostTiles;
+  const int64_t block = fit < kMostTiles ? kMostTiles : fit;
   configure(p.m < kTokens ? p.m : kTokens);
   for (int64_t t0 = 0; t0 < tiles; t0 += block) {
     const int64_t t1 = t0 + block < tiles ? t0 + block : tiles;
-    int64_t step = 2;
-    for (int64_t a = panel_begin; a < panel_end; a += step) {
-      step = a + 1 < panel_end ? 2 : 1;
+    const Tiling groups = equal_tiles(t1 - t0, kMostTiles);
+    for (int64_t a = panel_begin; a < panel_end; a += 2) {
       const uint8_t* panel = p.records + a * panel_bytes(p.k, DType::bf16);
-      const int64_t n0 = a * kPanelRows;
-      if (tiles > 2)
-        step == 2 ? wide<2>(p, x, panel, t0, t1, n0, own) : wide<1>(p, x, panel, t0, t1, n0, own);
-      else if (tiles == 2)
-        step == 2 ? narrow<2, 2>(p, x, panel, 0, n0, own) : narrow<2, 1>(p, x, panel, 0, n0, own);
-      else
-        step == 2 ? narrow<1, 2>(p, x, panel, 0, n0, own) : narrow<1, 1>(p, x, panel, 0, n0, own);
+      for (int64_t t = t0; t < t1; t += groups.rows) {
+        const int64_t here = t1 - t < groups.rows ? t1 - t : groups.rows;
+        const char* x = static_cast<const char*>(packed_x) + t * x_tile;
+        if (a + 1 < panel_end)
+          product_of<2>(here, p, x, panel, t * kTokens, a * kPanelRows, static_cast<char*>(scratch));
+        else
+          product_of<1>(here, p, x, panel, t * kTokens, a * kPanelRows, static_cast<char*>(scratch));
+      }
     }
   }
   _tile_release();

@@ -78,7 +78,7 @@ void tile(const Linear& p, const uint64_t* x, const uint8_t* panel, int64_t m0, 
   float out[R * P * 16];
   for (int a = 0; a < P; ++a)
     for (int r = 0; r < R; ++r) vf_store(out + (r * P + a) * 16, acc[a][r]);
-  finish(p, out, P * 16, m0, R, n0, P);
+  finish(p, {out, P * 16, 16}, m0, R, n0, P);
 }
 
 template <int P>
