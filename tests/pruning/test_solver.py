@@ -112,10 +112,13 @@ def test_masks_are_exact_under_ties(data):
 
 def test_dead_inputs_go_first_and_count(layer):
     weight, gram = layer(32, rows=16, tokens=300)
+    weight[:, [1, 4]] = 0  # as cheap to prune as a dead input, and further left
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[0, 5, 6, 31]] = True
     gram[dead] = 0
     gram[:, dead] = 0
+    gram[[1, 4]], gram[:, [1, 4]] = 0, 0
+    gram[[1, 4], [1, 4]] = 1  # alive, but correlated with nothing: these weights stay zero
     for pattern in ("2:4", "50%"):
         (result,) = prune_group([weight], gram, pattern=Pattern.parse(pattern), method="sparsegpt")
         assert result.mask[:, dead].all()

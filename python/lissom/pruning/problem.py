@@ -58,7 +58,7 @@ class Problem:
 
 
 class Solution(NamedTuple):
-    """The pruned weight [R, C] and the mask [R, C], True where a weight was pruned."""
+    """New weights [R, C] and the mask [R, C], True where a weight goes; what the mask prunes is not read."""
 
     weight: torch.Tensor
     pruned: torch.Tensor

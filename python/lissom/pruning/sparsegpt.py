@@ -24,7 +24,7 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
         problem: the layers, their Gram matrix and the pattern.
 
     Returns:
-        The updated weights with exact zeros, and the mask.
+        The updated weights, and the mask.
     """
     pattern, options = problem.pattern, problem.options
     if options.scope == "layer":
@@ -90,5 +90,4 @@ def _prune_block(state: _Sweep, block: slice, problem: Problem) -> torch.Tensor:
         error = errors[column]
         torch.mul(tile[column], pruned[column], out=error).div_(factor[column, column])
         tile[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
-        tile[column].masked_fill_(pruned[column], 0)
     return errors

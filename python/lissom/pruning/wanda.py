@@ -16,7 +16,7 @@ def prune_by_magnitude(problem: Problem) -> Solution:
         problem: the layers and the pattern; the Gram matrix is not used.
 
     Returns:
-        The weights with zeros; what stays is unchanged.
+        The weights as they are, and the mask.
     """
     return _zero_lowest(problem, problem.weight.abs(), scope="layer")
 
@@ -28,7 +28,7 @@ def prune_by_wanda(problem: Problem) -> Solution:
         problem: the layers, the Gram matrix (its diagonal holds the squared input norms) and the pattern.
 
     Returns:
-        The weights with zeros; what stays is unchanged.
+        The weights as they are, and the mask.
     """
     assert problem.gram is not None, "prune_group checks it"
     return _zero_lowest(problem, problem.weight.abs() * problem.gram.diagonal().sqrt(), scope="row")
@@ -39,4 +39,4 @@ def _zero_lowest(problem: Problem, scores: torch.Tensor, *, scope: str) -> Solut
     pruned = mark(
         scores, problem.pattern, scope=options.scope or scope, rows=problem.rows, block=options.blocksize
     )
-    return Solution(problem.weight.masked_fill(pruned, 0), pruned)
+    return Solution(problem.weight, pruned)
