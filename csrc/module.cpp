@@ -59,6 +59,22 @@ void choose_isa(const std::string& name) {
                           "'; got '" + name + "'");
 }
 
+DType type_from_name(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw py::value_error("lissom: wanted float32, bfloat16 or float16; got '" + name + "'");
+}
+
+std::string path_name(const std::string& dtype, int64_t m) {
+  return sparse24::choose_path(cpu_isa(), type_from_name(dtype), m).name;
+}
+
+// For tests and `--tune` only: every path must be right on every core, not just the one that the table picks.
+void force_path(const std::string& name) {
+  if (!sparse24::force_path(name.c_str())) throw py::value_error("lissom._C.force_path: no path is called '" + name + "'");
+}
+
 }  // namespace
 }  // namespace lissom
 
@@ -67,4 +83,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_info", &lissom::cpu_info);
   m.def("cpu_isa", [] { return lissom::isa_name(lissom::cpu_isa()); });
   m.def("set_cpu_isa", &lissom::choose_isa);
+  m.def("path_name", &lissom::path_name);
+  m.def("force_path", &lissom::force_path);
 }

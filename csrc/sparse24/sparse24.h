@@ -48,6 +48,10 @@ const Kernels& kernels(CpuIsa isa);
 // The fastest path of this tier on this core (see the table in core/cpu_isa.cpp).
 const Path& choose_path(CpuIsa isa, DType dtype, int64_t m);
 
+// Overrules choose_path wherever the tier has the named path for the type: "permuted", "lanes", "permuted-dot", "tiles";
+// "" gives the choice back. False for another name. For tests and tuning.
+bool force_path(const char* name);
+
 // Format work, any CPU. Rows [begin, end) of W; element type by size (bit patterns are only moved and compared to zero).
 struct Canonical {
   int64_t n, k;

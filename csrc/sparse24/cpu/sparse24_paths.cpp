@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which path runs: what the tier has, and what the core is good at. Compiled without ISA flags.
+#include <atomic>
+#include <cstring>
+
 #include "sparse24/sparse24.h"
 
 namespace lissom::sparse24 {
@@ -44,8 +47,36 @@ const Kernels& kernels(CpuIsa isa) {
   return portable::kKernels;
 }
 
+namespace {
+
+constexpr const char* kPathNames[] = {"", "permuted", "lanes", "permuted-dot", "tiles"};
+std::atomic<int> forced{0};
+
+const Path* forced_path(const Kernels& all, DType dtype) {
+  const bool bf16 = dtype == DType::bf16;
+  switch (forced.load(std::memory_order_relaxed)) {
+    case 1: return all.permuted[static_cast<int>(dtype)];
+    case 2: return all.lanes[static_cast<int>(dtype)];
+    case 3: return bf16 ? all.dot : nullptr;
+    case 4: return bf16 ? all.tiles : nullptr;
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+bool force_path(const char* name) {
+  for (int i = 0; i < 5; ++i) {
+    if (std::strcmp(name, kPathNames[i]) != 0) continue;
+    forced.store(i, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
 const Path& choose_path(CpuIsa isa, DType dtype, int64_t m) {
   const Kernels& all = kernels(isa);
+  if (const Path* path = forced_path(all, dtype)) return *path;
   const CorePlan& plan = core_plan();
   const int t = static_cast<int>(dtype);
   if (dtype == DType::bf16 && all.tiles) return *all.tiles;
