@@ -254,6 +254,15 @@ def test_overflow_names_the_layer():
         prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
 
 
+def test_layer_that_sees_some_tokens_only_is_refused():
+    model = build_tiny("llama")
+    mlp = model.model.layers[1].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: whole(x[:, ::2]).repeat_interleave(2, dim=1)
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp.gate_proj\S* saw 120 of 240 calibration tokens"):
+        prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
+
+
 def _meta_model():
     with torch.device("meta"):
         return build_tiny("llama")

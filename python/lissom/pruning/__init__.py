@@ -4,6 +4,7 @@
 from .driver import prune, prune_model
 from .pattern import Pattern
 from .plan import plan_prune
+from .problem import Options
 from .report import BlockProgress, BlockReport, LayerReport, PrunePlan, PruneReport
 from .solver import prune_weight
 
@@ -11,6 +12,7 @@ __all__ = [
     "BlockProgress",
     "BlockReport",
     "LayerReport",
+    "Options",
     "Pattern",
     "PrunePlan",
     "PruneReport",

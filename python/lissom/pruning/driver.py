@@ -207,6 +207,12 @@ def _collect(run: _Run, step: Step, stream: BlockStream) -> dict[str, Gram]:
             gram.add(hidden, mask)
     else:
         stream.observe(hooks)
+    for gram in grams.values():
+        if gram.tokens != stream.tokens:
+            raise RuntimeError(
+                f"{gram.name} saw {gram.tokens} of {stream.tokens} calibration tokens: the block does not call "
+                "its layers once per token, so it cannot be pruned"
+            )
     return grams
 
 
