@@ -210,8 +210,8 @@ def _collect(run: _Run, step: Step, stream: BlockStream) -> dict[str, Gram]:
     for gram in grams.values():
         if gram.tokens != stream.tokens:
             raise RuntimeError(
-                f"{gram.name} saw {gram.tokens} of {stream.tokens} calibration tokens: the block does not call "
-                "its layers once per token, so it cannot be pruned"
+                f"{gram.name} saw {gram.tokens} of {stream.tokens} calibration tokens: the block does not "
+                "call its layers once per token, so it cannot be pruned"
             )
     return grams
 
