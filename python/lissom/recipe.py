@@ -115,6 +115,14 @@ class Sparse24Bench(_Strict):
     kind: Literal["sparse24"] = "sparse24"
     quick: bool = False
     dtypes: list[Literal["float32", "bfloat16", "float16"]] = ["bfloat16", "float32"]
+    rows: list[int] | None = None
+    isa: Literal["avx2", "avx512", "avx512x"] | None = None
+
+
+class TuneBench(_Strict):
+    """Time both kernels of the 2:4 linear by rows of x: the line that an unknown CPU needs in the table."""
+
+    kind: Literal["tune"]
 
 
 class GenerationBench(_Strict):
@@ -154,7 +162,7 @@ class Step(_Strict):
     prune: PruneStep | None = None
     eval: EvalStep | None = None
     generate: GenerateStep | None = None
-    bench: Sparse24Bench | GenerationBench | None = Field(default=None, discriminator="kind")
+    bench: Sparse24Bench | TuneBench | GenerationBench | None = Field(default=None, discriminator="kind")
     info: InfoStep | None = None
     inspect: InspectStep | None = None
     report: ReportStep | None = None
@@ -331,7 +339,7 @@ def _explain(error: ValidationError, values: dict[str, Any], name: str, node: ya
     # An unknown key often makes other checks fail too: it is the one to name.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
-    loc = tuple(part for part in problem["loc"] if part not in ("sparse24", "generation"))
+    loc = tuple(part for part in problem["loc"] if part not in _BENCHES)
     line = _line_of(node, loc)
     place = f"{name}, line {line}" if line else name
     if problem["type"] == "extra_forbidden":
@@ -358,7 +366,7 @@ def _keys_at(loc: tuple, values: Any) -> list[str]:
     if loc[0] == "steps":
         if loc[2] == "bench":
             kind = values["steps"][loc[1]]["bench"].get("kind", "sparse24")
-            return list((GenerationBench if kind == "generation" else Sparse24Bench).model_fields)
+            return list(_BENCHES[kind].model_fields)
         model = _SETTINGS[str(loc[2])]
     else:
         model = _SECTIONS[str(loc[0])]
@@ -372,6 +380,11 @@ _SETTINGS: dict[str, type[_Strict]] = {
     "info": InfoStep,
     "inspect": InspectStep,
     "report": ReportStep,
+}
+_BENCHES: dict[str, type[_Strict]] = {
+    "sparse24": Sparse24Bench,
+    "tune": TuneBench,
+    "generation": GenerationBench,
 }
 _SECTIONS: dict[str, type[_Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
 

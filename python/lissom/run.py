@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -423,17 +423,10 @@ def _timed(verb: str, work: Callable[[], Any]) -> dict[str, Any]:
     return {"verb": verb, "seconds": time.perf_counter() - start, "result": result}
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    import torch
+def _threads(count: int | None) -> contextlib.AbstractContextManager[None]:
+    from lissom.benchmark.machine import torch_threads
 
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(count) if count else contextlib.nullcontext()
 
 
 def _now() -> str:

@@ -198,17 +198,25 @@ def generate(session: Session, step: recipes.GenerateStep) -> dict[str, Any]:
     }
 
 
-def bench(session: Session, step: recipes.Sparse24Bench | recipes.GenerationBench) -> Any:
+def bench(session: Session, step: recipes.Sparse24Bench | recipes.TuneBench | recipes.GenerationBench) -> Any:
     """Time kernels, or a whole model."""
     threads = session.recipe.threads
 
     def say(line: str) -> None:
         session.emit({"event": "stage", "text": line})
 
+    if isinstance(step, recipes.TuneBench):
+        from lissom.benchmark import sparse24
+
+        return sparse24.tune(threads=threads or 1)
     if isinstance(step, recipes.Sparse24Bench):
         from lissom.benchmark import sparse24
 
-        return sparse24.run(quick=step.quick, threads=threads, dtypes=step.dtypes)
+        say("timing the 2:4 linear against dense")
+        asked: dict[str, Any] = {"quick": step.quick, "threads": threads, "dtypes": step.dtypes}
+        if step.rows:
+            asked["tokens"] = step.rows
+        return sparse24.run_capped(step.isa, **asked) if step.isa else sparse24.run(**asked)
     from lissom.benchmark import generation
 
     options = generation.GenerationOptions(

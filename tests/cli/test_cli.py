@@ -15,7 +15,9 @@ def test_help_lists_every_verb(command):
     assert all(verb in out for verb in [*EVERY_VERB, "bench"])
 
 
-@pytest.mark.parametrize("verb", [[v] for v in EVERY_VERB] + [["bench", "sparse24"], ["bench", "generation"]])
+@pytest.mark.parametrize(
+    "verb", [[v] for v in EVERY_VERB] + [["bench", name] for name in ("sparse24", "tune", "generation")]
+)
 def test_every_verb_speaks_json_and_plans(command, verb):
     out = command(*verb, "--help").out
     assert all(flag in out for flag in ("--json", "--dry-run", "--quiet", "--verbose"))

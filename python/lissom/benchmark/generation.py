@@ -11,14 +11,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lissom.benchmark.machine import torch_threads
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
@@ -54,21 +55,16 @@ class GenerationOptions:
 
 
 class PrepackedLinear(nn.Module):
-    """A dense linear whose weight oneDNN has laid out once, as torch.compile with freezing does: the peer.
+    """A dense linear whose weight oneDNN has laid out once, as torch.compile with freezing does: the peer."""
 
-    One layout for a single row of x and one for many: oneDNN picks by the number of rows.
-    """
-
-    def __init__(self, linear: nn.Linear, *, rows: int) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        weight = linear.weight.detach().contiguous()
-        self.for_one, self.for_many = reorder(weight, 1), reorder(weight, rows)
+        # No hint of the rows of x: layouts made with one were equal at one row, and slower or equal at 512.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), None)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight = self.for_one if x.numel() == self.in_features else self.for_many
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 @dataclass
@@ -124,7 +120,7 @@ def run(
     """
     options = options or GenerationOptions()
     say = on_progress or (lambda line: None)
-    with _threads(options.threads), torch.inference_mode():
+    with torch_threads(options.threads or torch.get_num_threads()), torch.inference_mode():
         dense = _load(model, options.dtype, options.seed)
         prompt = _prompt(dense, options)
         variants = _contenders(dense, packed, options, say)
@@ -206,8 +202,7 @@ def _contenders(
             "benchmark.generation: no layer of the packed model is 2:4; prune it with pattern '2:4' first"
         )
     say("laying out the dense weights for oneDNN")
-    rows = max(options.prompt, 2)
-    prepacked = _swap(dense, lambda m: PrepackedLinear(m, rows=rows) if type(m) is nn.Linear else None)
+    prepacked = _swap(dense, lambda m: PrepackedLinear(m) if type(m) is nn.Linear else None)
     variants = [Variant("dense", dense), Variant("onednn", prepacked), Variant("packed", sparse)]
     if options.compiled:
         compiled = _swap(dense, lambda m: None)
@@ -341,7 +336,7 @@ def _weight_bytes(model: Any) -> dict[str, int]:
         linear = isinstance(module, (nn.Linear, PrepackedLinear)) or type(module).__name__ == "Conv1D"
         role = "lm_head" if module is head else "linears" if linear else "other"
         if isinstance(module, PrepackedLinear):
-            found[role] += module.in_features * module.out_features * module.for_one.element_size()
+            found[role] += module.in_features * module.out_features * module.packed.element_size()
         elif isinstance(module, Sparse24Linear):
             values = module.out_features * module.in_features // 2 * module.weight.element_size()
             found[role] += values + module.out_features * -(-module.in_features // 8)
@@ -463,17 +458,6 @@ def _memory_of(folder: str, prompt: int, new_tokens: int, dtype: str) -> dict[st
     with torch.inference_mode():
         _generate(model, _prompt(model, GenerationOptions(prompt=prompt, new_tokens=new_tokens)), new_tokens)
     return {"imports_bytes": before, "loading_peak_bytes": loading, "running_peak_bytes": _resident_peak()}
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Make a language model 2:4-sparse, save it, run it faster on this CPU, and see what it cost.",
-    epilog="No telemetry; only demo fetches anything, and says so. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    epilog="No telemetry; only demo fetches anything. Exit codes: 0 done, 1 failed, 2 wrong usage.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(look.info)

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from lissom.reporting.wording import duration_text
 from lissom.run import RunResult, plan_recipe, run_recipe
 
 _LONGEST = 600
+_PIPED_WIDTH = 110
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Voice:
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console = field(default_factory=lambda: _console(sys.stdout))
+    err: Console = field(default_factory=lambda: _console(sys.stderr))
     _progress: Progress | None = None
     _task: TaskID | None = None
 
@@ -163,6 +164,10 @@ def outcome(result: RunResult) -> Any:
     if result.report is not None:
         return result.report
     return result.results[0]["result"] if len(result.results) == 1 else result.results
+
+
+def _console(file: TextIO) -> Console:
+    return Console(file=file, highlight=False, width=None if file.isatty() else _PIPED_WIDTH)
 
 
 def explain(error: BaseException) -> str:

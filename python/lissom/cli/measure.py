@@ -92,9 +92,15 @@ def generate(
 @bench.command("sparse24")
 def bench_sparse24(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repeats.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape and fewer repeats.")] = False,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="bfloat16, float32 or float16. Repeatable.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", min=1, metavar="M", help="Rows of x. Repeatable.")
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help="Cap us and the peers: avx2, avx512 or avx512x.")
     ] = None,
     threads: options.Threads = 1,
     dry_run: options.DryRun = False,
@@ -103,9 +109,24 @@ def bench_sparse24(
     verbose: options.Verbose = False,
 ) -> None:
     """Time the 2:4 linear against oneDNN with prepacked weights and F.linear."""
-    step = {"kind": "sparse24", "quick": quick, "dtypes": dtype}
+    step = {"kind": "sparse24", "quick": quick, "dtypes": dtype, "rows": rows, "isa": isa}
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
     execute(voice, "bench", {"threads": threads, "steps": [{"bench": step}]}, tables.sparse24_view)
+
+
+@bench.command("tune")
+def bench_tune(
+    *,
+    threads: options.Threads = 1,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Find out which 2:4 kernel an unknown CPU should use from how many rows of x."""
+    voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
+    values = {"threads": threads, "steps": [{"bench": {"kind": "tune"}}]}
+    execute(voice, "bench", values, tables.tune_view)
 
 
 @bench.command("generation")

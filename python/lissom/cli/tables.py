@@ -10,14 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lissom.reporting.wording import byte_text, duration_text, ratio_text
+from lissom.reporting.wording import byte_text, duration_text, ratio_text, thread_text
+
+_CONTENDERS = {
+    "dense": "dense",
+    "onednn": "dense, oneDNN",
+    "compiled": "dense, compiled",
+    "packed": "2:4 packed",
+}
 
 
 def table(*heads: str, title: str | None = None) -> Table:
     """An empty table; columns after the first are right-aligned."""
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for index, head in enumerate(heads):
-        made.add_column(head, justify="left" if index == 0 else "right")
+        made.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
     return made
 
 
@@ -139,34 +146,50 @@ def generate_view(console: Console, value: dict[str, Any]) -> None:
 
 def sparse24_view(console: Console, rows: list[dict[str, Any]]) -> None:
     """`lissom bench sparse24`."""
-    made = table(
-        "dtype", "threads", "M", "N", "K", "2:4 µs", "best dense µs", "which", "ratio", "GFLOP/s", "GB/s"
+    from lissom.benchmark.sparse24 import geomean_ratios
+
+    heads = (
+        "dtype",
+        "M",
+        "N",
+        "K",
+        "2:4 µs",
+        "dense µs",
+        "best dense",
+        "ratio",
+        "GFLOP/s",
+        "GB/s",
+        "of roofline",
     )
+    made = table(*heads, title=f"{thread_text(rows[0]['threads'])}")
     for row in rows:
         peer = min(row["peers"], key=row["peers"].__getitem__)
-        made.add_row(
-            row["dtype"],
-            str(row["threads"]),
-            str(row["M"]),
-            str(row["N"]),
-            str(row["K"]),
-            f"{row['ours_us']:,.0f}",
-            f"{row['peers'][peer]:,.0f}",
-            peer,
-            f"{row['ratio_best']:.2f}×",
-            f"{row['gflops']:.0f}",
-            f"{row['gbps']:.1f}",
-        )
+        shape = (str(row[name]) for name in "MNK")
+        times = f"{row['ours_us']:,.0f}", f"{row['peers'][peer]:,.0f}", peer, ratio_text(row["ratio_best"])
+        rates = f"{row['gflops']:.0f}", f"{row['gbps']:.1f}", f"{row['roofline_share']:.0%}"
+        made.add_row(row["dtype"], *shape, *times, *rates)
     console.print(made)
+    for (dtype, m), ratio in geomean_ratios(rows).items():
+        console.print(f"{dtype}, M = {m}: {ratio_text(ratio)} the best dense kernel (geometric mean)")
+
+
+def tune_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom bench tune`."""
+    made = table("dtype", "M", "permuted µs", "lanes µs")
+    for row in value["rows"]:
+        made.add_row(row["dtype"], str(row["M"]), f"{row['permuted_us']:,.0f}", f"{row['lanes_us']:,.0f}")
+    console.print(made)
+    for dtype, least in value["from"].items():
+        console.print(f"{dtype}: " + (f"lanes from M = {least}" if least else "permuted at every M"))
 
 
 def generation_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom bench generation`."""
-    made = table("", "prefill tok/s", "decode tok/s", "ms/token", "linears", "lm_head", "attention", "other")
+    made = table("", "prefill", "decode", "ms/token", "linears", "lm_head", "attention", "other")
     for row in value["variants"]:
         shares = row["decode_shares"]
         made.add_row(
-            row["label"],
+            _CONTENDERS[row["name"]],
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['decode_tokens_per_s']:.2f}",
             f"{1e3 * row['decode_seconds']:.1f}",
@@ -176,6 +199,7 @@ def generation_view(console: Console, value: dict[str, Any]) -> None:
             ],
         )
     console.print(made)
+    console.print("prefill and decode in tokens/s, the rest as shares of a decode step", style="dim")
     for phase in ("decode", "prefill"):
         parts = value["attribution"][phase]
         console.print(

@@ -268,11 +268,12 @@ def kernels_section(report: Facts) -> Markup | None:
     kernels = report.get("kernels")
     if not kernels or not kernels.get("rows"):
         return None
-    machine = kernels["machine"]
-    points = kernel_points(kernels["rows"], gbps=machine["gbps"], gflops=machine["gflops"])
+    machine, dtype = kernels["machine"], kernels["rows"][0]["dtype"]
+    gbps, gflops = machine["gbps"], machine["gflops"].get(dtype, machine["gflops"]["float32"])
+    points = kernel_points(kernels["rows"], gbps=gbps, gflops=gflops)
     best = max((p for p in points if p.kernel == "2:4"), key=lambda p: p.share)
     intro = (
-        f"The 2:4 linear and the fastest dense kernel ({kernels['rows'][0]['dtype']}, "
+        f"The 2:4 linear and the fastest dense kernel ({dtype}, "
         f"{thread_text(kernels['rows'][0].get('threads', 1))}), over what this machine was measured to do. "
         "Fewer bytes move the discs to the right of their squares, along the memory line that is speed."
     )
