@@ -283,8 +283,8 @@ def kernels_section(report: Facts) -> Markup | None:
     plot = roofline(
         "roofline",
         points,
-        gbps=machine["gbps"],
-        gflops=machine["gflops"],
+        gbps=gbps,
+        gflops=gflops,
         title="Roofline of the kernels",
         description=told,
     )
