@@ -31,7 +31,8 @@ struct Path {
   const char* name;
   int64_t (*x_tiles)(const Linear&);
   size_t (*x_bytes)(const Linear&);
-  void (*pack_x)(const Linear&, int64_t tile_begin, int64_t tile_end, void* packed_x);
+  // False: x holds Inf or NaN and this path would multiply them by pruned zeros; take another one.
+  bool (*pack_x)(const Linear&, int64_t tile_begin, int64_t tile_end, void* packed_x);
   size_t (*scratch_bytes)(const Linear&);  // of one thread
   void (*run)(const Linear&, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch);
 };
@@ -45,8 +46,9 @@ struct Kernels {
 };
 const Kernels& kernels(CpuIsa isa);
 
-// The fastest path of this tier on this core (see the table in core/cpu_isa.cpp).
-const Path& choose_path(CpuIsa isa, DType dtype, int64_t m);
+// The fastest path of this tier on this core (see the table in core/cpu_isa.cpp). Not all `finite`: the fastest on which a
+// pruned position never sees x.
+const Path& choose_path(CpuIsa isa, DType dtype, int64_t m, bool finite = true);
 
 // Overrules choose_path wherever the tier has the named path for the type: "permuted", "lanes", "permuted-dot", "tiles";
 // "" gives the choice back. False for another name. For tests and tuning.

@@ -19,6 +19,7 @@ constexpr int64_t kBytes = record_bytes(DType::bf16);
 constexpr int64_t kPrefetchAhead = 4096;
 constexpr int64_t kMostTiles = 3;             // token tiles whose sums, with two panels, fit the tile registers
 constexpr int64_t kBlockBytes = 1024 * 1024;  // packed x of a block of tokens: half of L2
+constexpr int64_t kStripBytes = 768 * 1024;    // expanded pair of panels
 constexpr int64_t kRing = 4;  // expanded records in flight
 constexpr int64_t kLead = 3;  // records between expansion and product
 
@@ -28,10 +29,19 @@ int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
 // multiple of 4 KiB apart would fall into one L1 set.)
 int64_t x_tiles(const Linear& p) { return token_tiles(p.m); }
 size_t x_bytes(const Linear& p) { return static_cast<size_t>(token_tiles(p.m) * records(p.k) * kTileBytes); }
-size_t scratch_bytes(const Linear&) { return static_cast<size_t>(2 * kRing * kTileBytes); }
 
-void pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_x) {
+// A pair of panels met by several groups of token tiles is expanded once, into L2; else, or if it would not fit beside x,
+// records pass through a ring in L1.
+int64_t slots(const Linear& p) {
+  const bool reused = token_tiles(p.m) > kMostTiles && 2 * records(p.k) * kTileBytes <= kStripBytes;
+  return reused && records(p.k) > kRing ? records(p.k) : kRing;
+}
+size_t scratch_bytes(const Linear& p) { return static_cast<size_t>(2 * slots(p) * kTileBytes); }
+
+bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_x) {
   const int64_t count = records(p.k);
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 non_finite = 0;
   for (int64_t t = tile_begin; t < tile_end; ++t) {
     char* out = static_cast<char*>(packed_x) + t * count * kTileBytes;
     for (int64_t r = 0; r < kTokens; ++r) {
@@ -40,10 +50,13 @@ void pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
       for (int64_t j = 0; j < count; ++j) {
         const int64_t left = m < p.m ? p.k - j * kRecordColumns : 0;
         const __mmask32 valid = left >= 32 ? ~__mmask32{0} : left <= 0 ? __mmask32{0} : (__mmask32{1} << left) - 1;
-        _mm512_store_si512(out + j * kTileBytes + r * 64, _mm512_maskz_loadu_epi16(valid, x + j * kRecordColumns));
+        const __m512i v = _mm512_maskz_loadu_epi16(valid, x + j * kRecordColumns);
+        _mm512_store_si512(out + j * kTileBytes + r * 64, v);
+        non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(v, exponent), exponent);
       }
     }
   }
+  return non_finite == 0;
 }
 
 struct alignas(64) TileConfig {
@@ -122,22 +135,33 @@ LISSOM_INLINE void store_sums(float* out) {  // [a][b][16][16]
 // A token tiles times B panels over all of K, sums in tile registers. Records are expanded kLead ahead of their products:
 // a tile load must wait until the stores it reads have left the store buffer, and meanwhile the products of earlier
 // records occupy the AMX unit while the expansion uses the shuffle port.
+struct Weights {
+  const uint8_t* panel;
+  char* expanded;  // [slot][panel of pair][1 KiB]
+  int64_t slots;
+  bool ready;  // expanded already, by the token group before
+};
+
 template <int A, int B>
-void product(const Linear& p, const char* x, const uint8_t* panel, int64_t m0, int64_t n0, char* ring) {
+void product(const Linear& p, const char* x, const Weights& weights, int64_t m0, int64_t n0) {
   const Expander e = make_expander();
   const int64_t count = records(p.k), x_next = count * kTileBytes;
   const int64_t next_panel = panel_bytes(p.k, DType::bf16);
+  const int64_t lead = weights.ready ? 0 : kLead;
+  int64_t in = 0, out_slot = 0;
   clear_sums<A, B>();
-  for (int64_t i = 0; i < count + kLead; ++i) {
-    if (i < count) {
+  for (int64_t i = 0; i < count + lead; ++i) {
+    if (!weights.ready && i < count) {
       for (int b = 0; b < B; ++b) {
-        const uint8_t* record = panel + b * next_panel + i * kBytes;
+        const uint8_t* record = weights.panel + b * next_panel + i * kBytes;
         for (int64_t at = 0; at < kBytes; at += 64) prefetch(record + kPrefetchAhead + at);
-        expand(e, record, ring + (i % kRing * 2 + b) * kTileBytes);
+        expand(e, record, weights.expanded + (in * 2 + b) * kTileBytes);
       }
+      if (++in == weights.slots) in = 0;
     }
-    if (i < kLead) continue;
-    const char* w = ring + (i - kLead) % kRing * 2 * kTileBytes;
+    if (i < lead) continue;
+    const char* w = weights.expanded + out_slot * 2 * kTileBytes;
+    if (++out_slot == weights.slots) out_slot = 0;
     _tile_loadd(7, w, 64);
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 6, 7);
@@ -164,11 +188,11 @@ void product(const Linear& p, const char* x, const uint8_t* panel, int64_t m0, i
 }
 
 template <int B>
-void product_of(int64_t tiles, const Linear& p, const char* x, const uint8_t* panel, int64_t m0, int64_t n0, char* ring) {
+void product_of(int64_t tiles, const Linear& p, const char* x, const Weights& w, int64_t m0, int64_t n0) {
   switch (tiles) {
-    case 1: return product<1, B>(p, x, panel, m0, n0, ring);
-    case 2: return product<2, B>(p, x, panel, m0, n0, ring);
-    default: return product<3, B>(p, x, panel, m0, n0, ring);
+    case 1: return product<1, B>(p, x, w, m0, n0);
+    case 2: return product<2, B>(p, x, w, m0, n0);
+    default: return product<3, B>(p, x, w, m0, n0);
   }
 }
 
@@ -176,21 +200,22 @@ void product_of(int64_t tiles, const Linear& p, const char* x, const uint8_t* pa
 // all token tiles of the block from L2.
 void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
   const int64_t tiles = token_tiles(p.m), x_tile = records(p.k) * kTileBytes;
-  const int64_t fit = kBlockBytes / x_tile / kMostTiles * kMostTiles;
+  const int64_t fit = x_tile ? kBlockBytes / x_tile / kMostTiles * kMostTiles : tiles;
   const int64_t block = fit < kMostTiles ? kMostTiles : fit;
   configure(p.m < kTokens ? p.m : kTokens);
   for (int64_t t0 = 0; t0 < tiles; t0 += block) {
     const int64_t t1 = t0 + block < tiles ? t0 + block : tiles;
     const Tiling groups = equal_tiles(t1 - t0, kMostTiles);
     for (int64_t a = panel_begin; a < panel_end; a += 2) {
-      const uint8_t* panel = p.records + a * panel_bytes(p.k, DType::bf16);
+      Weights w = {p.records + a * panel_bytes(p.k, DType::bf16), static_cast<char*>(scratch), slots(p), false};
       for (int64_t t = t0; t < t1; t += groups.rows) {
         const int64_t here = t1 - t < groups.rows ? t1 - t : groups.rows;
         const char* x = static_cast<const char*>(packed_x) + t * x_tile;
         if (a + 1 < panel_end)
-          product_of<2>(here, p, x, panel, t * kTokens, a * kPanelRows, static_cast<char*>(scratch));
+          product_of<2>(here, p, x, w, t * kTokens, a * kPanelRows);
         else
-          product_of<1>(here, p, x, panel, t * kTokens, a * kPanelRows, static_cast<char*>(scratch));
+          product_of<1>(here, p, x, w, t * kTokens, a * kPanelRows);
+        w.ready = w.slots >= records(p.k);
       }
     }
   }

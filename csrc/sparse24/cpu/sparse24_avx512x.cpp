@@ -21,7 +21,7 @@ int64_t x_tiles(const Linear& p) { return equal_tiles(p.m, kTileRows).count; }
 size_t x_bytes(const Linear& p) { return static_cast<size_t>(p.m * records(p.k) * kRecordColumns) * 2; }
 size_t scratch_bytes(const Linear&) { return 0; }
 
-void pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_x) {
+bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_x) {
   const int64_t rows = equal_tiles(p.m, kTileRows).rows;
   const int64_t quads = records(p.k) * kRecordQuads;
   for (int64_t t = tile_begin; t < tile_end; ++t) {
@@ -37,6 +37,7 @@ void pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
       }
     }
   }
+  return true;
 }
 
 // For each nibble the four bytes that vpshufb needs to move (x[p0], x[p1]) into a 32-bit lane.

@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -21,6 +22,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kMostSize = int64_t{1} << 30;  // of N and K in a header: bytes then stay inside int64
 constexpr int64_t kRowGrain = 64;
 constexpr int64_t kDenseBlock = 256;  // rows of W that the backward pass holds as dense
 
@@ -173,7 +175,9 @@ DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
               ": packed has no cpu-v1 header of version ", kPackedVersion, "; pack the weight again with sparse24_pack");
   TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k, "; got N=", n, ", K=", k);
   const DType t = static_cast<DType>(h.dtype);
-  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && packed.numel() == packed_bytes(n, k, t), "lissom::", op,
+  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
+              ": packed is damaged: its header says N=", n, ", K=", k);
+  TORCH_CHECK(packed.numel() == packed_bytes(n, k, t), "lissom::", op,
               ": packed is damaged: N=", n, ", K=", k, " need ", packed_bytes(n, k, t), " bytes; got ", packed.numel());
   return t;
 }
@@ -220,10 +224,25 @@ Tensor workspace(const Tensor& like, size_t bytes) {
   return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte).requires_grad(false));
 }
 
-void run_linear(const Linear& problem, const Tensor& like) {
-  const Path& path = choose_path(cpu_isa(), problem.dtype, problem.m);
+// packed x, or an undefined tensor where the path cannot take this x.
+Tensor pack_x(const Path& path, const Linear& problem, const Tensor& like) {
   const Tensor packed_x = workspace(like, path.x_bytes(problem));
-  parallel(path.x_tiles(problem), 1, [&](int64_t b, int64_t e) { path.pack_x(problem, b, e, packed_x.mutable_data_ptr()); });
+  std::atomic<bool> fits{true};
+  parallel(path.x_tiles(problem), 1, [&](int64_t b, int64_t e) {
+    if (!path.pack_x(problem, b, e, packed_x.mutable_data_ptr())) fits.store(false, std::memory_order_relaxed);
+  });
+  return fits ? packed_x : Tensor();
+}
+
+void run_linear(const Linear& problem, const Tensor& like) {
+  const CpuIsa isa = cpu_isa();
+  const Path* chosen = &choose_path(isa, problem.dtype, problem.m);
+  Tensor packed_x = pack_x(*chosen, problem, like);
+  if (!packed_x.defined()) {
+    chosen = &choose_path(isa, problem.dtype, problem.m, false);
+    packed_x = pack_x(*chosen, problem, like);
+  }
+  const Path& path = *chosen;
   // Pairs of panels are the unit, so that a split between threads does not break a pair.
   const int64_t count = panels(problem.n), pairs = (count + 1) / 2;
   const int64_t work = problem.m * problem.k * 32;  // multiply-adds of a pair

@@ -74,12 +74,13 @@ bool force_path(const char* name) {
   return false;
 }
 
-const Path& choose_path(CpuIsa isa, DType dtype, int64_t m) {
+const Path& choose_path(CpuIsa isa, DType dtype, int64_t m, bool finite) {
   const Kernels& all = kernels(isa);
-  if (const Path* path = forced_path(all, dtype)) return *path;
+  const Path* wanted = forced_path(all, dtype);
+  if (wanted && (finite || wanted != all.tiles)) return *wanted;
   const CorePlan& plan = core_plan();
   const int t = static_cast<int>(dtype);
-  if (dtype == DType::bf16 && all.tiles) return *all.tiles;
+  if (dtype == DType::bf16 && all.tiles && finite) return *all.tiles;
   if (dtype == DType::bf16 && all.dot && plan.bf16_dot) return *all.dot;
   const int64_t from = dtype == DType::f32    ? plan.lanes_from_f32
                        : dtype == DType::bf16 ? plan.lanes_from_bf16
