@@ -66,6 +66,11 @@ class Pattern:
             raise ValueError(f"pattern {text!r}: the pruned share must be at least 0 and below 1 (100 %)")
         return cls(share)
 
+    @property
+    def pruned_per_group(self) -> int:
+        """m - n of an n:m pattern, 0 of an unstructured one."""
+        return (self.group or 0) - (self.kept or 0)
+
     def obstacle(self, inputs: int) -> str | None:
         """Why a layer with this many inputs cannot take the pattern, or None."""
         if self.group is not None and inputs % self.group:
@@ -105,6 +110,27 @@ def mark_lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return below | (ties & (ties.cumsum(-1) <= wanted))
 
 
+def mark_group(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` lowest of m scores in each of N groups; among equals the first ones go.
+
+    Every pair of members is compared once, on contiguous memory: for m = 4 several times faster than sorting.
+
+    Args:
+        scores: [m, N] floating, free of NaN; one row for each member.
+        count: how many to mark, 0 <= count <= m.
+
+    Returns:
+        Bool tensor [m, N] with exactly `count` True in each column.
+    """
+    rank = torch.zeros_like(scores, dtype=torch.int16)
+    for first in range(len(scores)):
+        for second in range(first + 1, len(scores)):
+            later = scores[second] < scores[first]
+            rank[first] += later
+            rank[second] += ~later
+    return rank < count
+
+
 def mark_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """Mark the lowest m - n scores of every group of m neighbouring columns.
 
@@ -115,18 +141,9 @@ def mark_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     Returns:
         Bool tensor [R, C], True where a weight is pruned.
     """
-    kept, group = pattern.kept, pattern.group
-    assert kept is not None
-    assert group is not None
-    rows, columns = scores.shape
-    groups = scores.reshape(rows, columns // group, group)
-    # The rank of each score among its m neighbours, by comparisons: for m = 4 far cheaper than a sort of 4.
-    index = torch.arange(group, device=scores.device)
-    rank = torch.zeros_like(groups, dtype=torch.int16)
-    for other in range(group):
-        rival = groups[..., other : other + 1]
-        rank += torch.where(index > other, rival <= groups, rival < groups)
-    return (rank < group - kept).reshape(rows, columns)
+    assert pattern.group is not None
+    members = scores.reshape(-1, pattern.group).t().contiguous()
+    return mark_group(members, pattern.pruned_per_group).t().reshape(scores.shape)
 
 
 def mark(

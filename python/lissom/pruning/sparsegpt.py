@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .gram import inverse_factor
-from .pattern import mark_groups, mark_tile
+from .pattern import mark_group, mark_tile
 from .problem import Problem, Solution
 
 
@@ -77,16 +77,16 @@ def _prune_block(state: _Sweep, block: slice, problem: Problem) -> torch.Tensor:
 
     def scores(part: slice) -> torch.Tensor:
         # Dead inputs go first: their weights are zero already and must count towards the pattern.
-        return (tile[part] / scale[part]).square_().masked_fill_(dead[part], -1).t()
+        return (tile[part] / scale[part]).square_().masked_fill_(dead[part], -1)
 
     if pattern.group is None:
         scope = problem.options.scope or "block"
-        pruned.copy_(mark_tile(scores(slice(None)), block.start, pattern, problem.rows, scope=scope).t())
+        pruned.copy_(mark_tile(scores(slice(None)).t(), block.start, pattern, problem.rows, scope=scope).t())
     errors = torch.empty_like(tile)
     for column in range(len(tile)):
         if pattern.group is not None and column % pattern.group == 0:
             part = slice(column, column + pattern.group)
-            pruned[part] = mark_groups(scores(part), pattern).t()
+            pruned[part] = mark_group(scores(part), pattern.pruned_per_group)
         error = errors[column]
         torch.mul(tile[column], pruned[column], out=error).div_(factor[column, column])
         tile[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
