@@ -199,6 +199,7 @@ def sparse24_mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
 @torch.library.register_fake("lissom::sparse24_compress")
 def _(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tensor]:
     twin._check_dense("sparse24_compress", w)
+    twin._check_pattern(pattern)
     n, k = w.shape
     return w.new_empty(n, k // 2), w.new_empty(n, twin.meta_columns(k), dtype=torch.uint8)
 
@@ -217,14 +218,14 @@ def _(w: Tensor) -> Tensor:
 
 @torch.library.register_fake("lissom::sparse24_check_meta")
 def _(meta: Tensor, K: int) -> Tensor:
+    twin._check_meta_shape(meta, K)
     return meta.new_empty(3, dtype=torch.int64)
 
 
 @torch.library.register_fake("lissom::sparse24_pack")
 def _(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
     twin._check_target("sparse24_pack", target)
-    n, k = values.shape[0], values.shape[1] * 2
-    twin._check_canonical("sparse24_pack", values, meta, k)
+    n, k = twin._check_canonical("sparse24_pack", values, meta)
     return values.new_empty(twin.packed_bytes(n, k, values.dtype), dtype=torch.uint8)
 
 
@@ -235,6 +236,7 @@ def _(
     twin._check_target("sparse24_unpack", target)
     if dtype is None:
         raise RuntimeError("lissom::sparse24_unpack: pass dtype= while tracing: the header cannot be read there")
+    twin.check_packed_size("sparse24_unpack", packed, N, K, dtype)
     return packed.new_empty(N, K // 2, dtype=dtype), packed.new_empty(N, twin.meta_columns(K))
 
 
@@ -250,26 +252,31 @@ def _(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    twin.one_device("sparse24_linear", x=x, packed=packed, bias=bias, residual=residual)
     out = twin.linear_checks(x, N, K, bias, act, residual, out_dtype)
+    twin.check_packed_size("sparse24_linear", packed, N, K, x.dtype)
     return x.new_empty(*x.shape[:-1], N, dtype=out)
 
 
 @torch.library.register_fake("lissom::sparse24_linear_values")
 def _(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    n, k = values.shape[0], values.shape[1] * 2
-    twin._check_canonical("sparse24_linear_values", values, meta, k)
+    n, k = twin._check_canonical("sparse24_linear_values", values, meta)
+    twin.one_device("sparse24_linear_values", x=x, values=values, bias=bias)
     twin.linear_checks(x, n, k, bias, "none", None, None)
     return x.new_empty(*x.shape[:-1], n)
 
 
 @torch.library.register_fake("lissom::sparse24_grad_input")
 def _(dy: Tensor, packed: Tensor, N: int, K: int) -> Tensor:
+    twin.check_dy(dy, packed, N)
+    twin.check_packed_size("sparse24_grad_input", packed, N, K, dy.dtype)
     return dy.new_empty(*dy.shape[:-1], K)
 
 
 @torch.library.register_fake("lissom::sparse24_mask_mm")
 def _(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-    return x.new_empty(dy.shape[-1], x.shape[-1] // 2)
+    n, k = twin.check_mask_mm(dy, x, meta)
+    return x.new_empty(n, k // 2)
 
 
 # --- any other device: the twins ----------------------------------------------------------------------------------------
@@ -336,12 +343,31 @@ def _values_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, d_values, None, d_bias
 
 
+def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, meta, ctx.K = inputs
+    ctx.save_for_backward(meta)
+
+
+def _decompress_backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
+    (meta,) = ctx.saved_tensors
+    return dw.gather(1, twin.positions(meta, ctx.K)), None, None
+
+
+def _refuse_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("lissom::sparse24_compress: no gradient flows to a dense weight; pass w.detach()")
+
+
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise RuntimeError(
-        "lissom::sparse24_linear: double backward is not supported; drop create_graph=True, or use dense_weight()"
+        "lissom::sparse24_linear: double backward is not supported; drop create_graph=True, "
+        "or multiply by sparse24_decompress(values, meta, K)"
     )
 
 
+torch.library.register_autograd("lissom::sparse24_compress", _refuse_backward)
+torch.library.register_autograd(
+    "lissom::sparse24_decompress", _decompress_backward, setup_context=_decompress_setup
+)
 torch.library.register_autograd("lissom::sparse24_linear", _linear_backward, setup_context=_linear_setup)
 torch.library.register_autograd(
     "lissom::sparse24_linear_values", _values_backward, setup_context=_values_setup

@@ -31,6 +31,14 @@ def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
     return HEADER_BYTES + -(-n // PANEL_ROWS) * -(-k // RECORD_COLUMNS) * record
 
 
+def one_device(op: str, **tensors: Tensor | None) -> None:
+    """Tensors on several devices are dispatched to a twin or a fake kernel, never to a native one: refuse them here."""
+    found = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(found.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise RuntimeError(f"lissom::{op}: all tensors must be on one device; got {where}")
+
+
 def _check_dense(op: str, w: Tensor) -> None:
     if w.dtype not in DTYPES:
         raise TypeError(f"lissom::{op}: w must be float32, bfloat16 or float16; got {w.dtype}")
@@ -38,7 +46,11 @@ def _check_dense(op: str, w: Tensor) -> None:
         raise ValueError(f"lissom::{op}: w must be [N, K] with K a multiple of 4; got {list(w.shape)}")
 
 
-def _check_canonical(op: str, values: Tensor, meta: Tensor, k: int) -> None:
+def _check_canonical(op: str, values: Tensor, meta: Tensor, k: int | None = None) -> tuple[int, int]:
+    """(N, K) of a canonical form; K from the values where it is not given."""
+    one_device(op, values=values, meta=meta)
+    if k is None:
+        k = values.shape[1] * 2 if values.dim() == 2 else 0
     if values.dtype not in DTYPES or meta.dtype != torch.uint8:
         raise TypeError(
             f"lissom::{op}: values must be float32, bfloat16 or float16 and meta uint8; "
@@ -53,6 +65,7 @@ def _check_canonical(op: str, values: Tensor, meta: Tensor, k: int) -> None:
             f"lissom::{op}: meta must be [N, ceil(K/8)={meta_columns(k)}] with N={values.shape[0]}; "
             f"got {list(meta.shape)}"
         )
+    return values.shape[0], k
 
 
 def _quad_counts(w: Tensor) -> Tensor:
@@ -78,8 +91,7 @@ def nibbles(meta: Tensor, k: int) -> Tensor:
     return both.flatten(1)[:, : k // 4]
 
 
-def check_meta(meta: Tensor, k: int) -> Tensor:
-    """Twin of `sparse24_check_meta`."""
+def _check_meta_shape(meta: Tensor, k: int) -> None:
     if meta.dtype != torch.uint8:
         raise TypeError(f"lissom::sparse24_check_meta: meta must be uint8; got {meta.dtype}")
     if k < 0 or k % 4 or meta.dim() != 2 or meta.shape[1] != meta_columns(k):
@@ -87,6 +99,11 @@ def check_meta(meta: Tensor, k: int) -> Tensor:
             f"lissom::sparse24_check_meta: meta must be [N, ceil(K/8)] with K a multiple of 4; "
             f"got {list(meta.shape)} and K={k}"
         )
+
+
+def check_meta(meta: Tensor, k: int) -> Tensor:
+    """Twin of `sparse24_check_meta`."""
+    _check_meta_shape(meta, k)
     every = torch.stack((meta & 15, meta >> 4), -1).flatten(1)
     bad = ~torch.isin(every, torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8, device=meta.device))
     bad[:, k // 4 :] = every[:, k // 4 :] != 0
@@ -101,11 +118,15 @@ def _require_legal(op: str, meta: Tensor, k: int) -> None:
         raise ValueError(f"lissom::{op}: corrupt metadata: row {row}, quad {quad}")
 
 
+def _check_pattern(pattern: str) -> None:
+    if pattern not in ("auto", "magnitude"):
+        raise ValueError(f'lissom::sparse24_compress: pattern must be "auto" or "magnitude"; got {pattern!r}')
+
+
 def compress(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tensor]:
     """Twin of `sparse24_compress`."""
     _check_dense("sparse24_compress", w)
-    if pattern not in ("auto", "magnitude"):
-        raise ValueError(f'lissom::sparse24_compress: pattern must be "auto" or "magnitude"; got {pattern!r}')
+    _check_pattern(pattern)
     n, k = w.shape
     quads = w.unflatten(1, (-1, 4))
     nonzero = quads != 0
@@ -161,8 +182,7 @@ def _check_target(op: str, target: str) -> None:
 def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
     """Twin of `sparse24_pack`."""
     _check_target("sparse24_pack", target)
-    n, k = values.shape[0], values.shape[1] * 2
-    _check_canonical("sparse24_pack", values, meta, k)
+    n, k = _check_canonical("sparse24_pack", values, meta)
     _require_legal("sparse24_pack", meta, k)
     dtype, device = values.dtype, values.device
     panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
@@ -178,6 +198,15 @@ def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
     body = torch.cat((words, full.contiguous().view(torch.uint8).reshape(panels, records, -1)), -1)
     header = torch.tensor(list(_header(n, k, dtype)), dtype=torch.uint8, device=device)
     return torch.cat((header, body.flatten()))
+
+
+def check_packed_size(op: str, packed: Tensor, n: int, k: int, dtype: torch.dtype) -> None:
+    """What can be said of a packed weight without reading its header."""
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.shape[0] != packed_bytes(n, k, dtype):
+        raise RuntimeError(
+            f"lissom::{op}: packed must be the uint8 vector of {packed_bytes(n, k, dtype)} bytes that sparse24_pack "
+            f"returned for N={n}, K={k}, {dtype}; got {packed.dtype} {list(packed.shape)}"
+        )
 
 
 def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
@@ -245,6 +274,7 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Twin of `sparse24_linear`."""
+    one_device("sparse24_linear", x=x, packed=packed, bias=bias, residual=residual)
     dtype = _read_header("sparse24_linear", packed, n, k)
     out = linear_checks(x, n, k, bias, act, residual, out_dtype)
     if x.dtype != dtype:
@@ -292,30 +322,49 @@ def linear_checks(
 
 def linear_values(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
     """Twin of `sparse24_linear_values`."""
-    n, k = values.shape[0], values.shape[1] * 2
+    n, k = _check_canonical("sparse24_linear_values", values, meta)
+    one_device("sparse24_linear_values", x=x, values=values, bias=bias)
     return linear(x, pack(values, meta), n, k, bias)
+
+
+def check_dy(dy: Tensor, packed: Tensor, n: int) -> None:
+    """What `sparse24_grad_input` rejects by shape, device and dtype of dy alone."""
+    one_device("sparse24_grad_input", dy=dy, packed=packed)
+    if dy.dim() < 1 or dy.shape[-1] != n:
+        raise ValueError(f"lissom::sparse24_grad_input: dy must be [..., N={n}]; got {list(dy.shape)}")
+    if dy.dtype not in DTYPES:
+        raise TypeError(f"lissom::sparse24_grad_input: dy must be float32, bfloat16 or float16; got {dy.dtype}")
 
 
 def grad_input(dy: Tensor, packed: Tensor, n: int, k: int) -> Tensor:
     """Twin of `sparse24_grad_input`."""
+    check_dy(dy, packed, n)
     values, meta = unpack(packed, n, k)
-    if dy.dim() < 1 or dy.shape[-1] != n:
-        raise ValueError(f"lissom::sparse24_grad_input: dy must be [..., N={n}]; got {list(dy.shape)}")
     if dy.dtype != values.dtype:
         raise TypeError(f"lissom::sparse24_grad_input: dy is {dy.dtype} and the packed weight {values.dtype}")
     return (dy.float() @ decompress(values, meta, k).float()).to(dy.dtype)
 
 
-def mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-    """Twin of `sparse24_mask_mm`."""
-    n, k = dy.shape[-1], x.shape[-1]
-    if dy.dtype != x.dtype:
-        raise TypeError(f"lissom::sparse24_mask_mm: dy and x must have one dtype; got {dy.dtype} and {x.dtype}")
+def check_mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> tuple[int, int]:
+    """(N, K) of a `sparse24_mask_mm`, or what it rejects by shape, device and dtype alone."""
+    one_device("sparse24_mask_mm", dy=dy, x=x, meta=meta)
+    if dy.dtype != x.dtype or x.dtype not in DTYPES or meta.dtype != torch.uint8:
+        raise TypeError(
+            "lissom::sparse24_mask_mm: dy and x must have one dtype (float32, bfloat16 or float16) and meta uint8; "
+            f"got {dy.dtype}, {x.dtype} and {meta.dtype}"
+        )
+    n, k = (dy.shape[-1], x.shape[-1]) if dy.dim() and x.dim() else (0, 1)
     if dy.shape[:-1] != x.shape[:-1] or k % 4 or tuple(meta.shape) != (n, meta_columns(k)):
         raise ValueError(
             "lissom::sparse24_mask_mm: wanted dy [..., N], x [..., K] and meta [N, ceil(K/8)]; "
             f"got {list(dy.shape)}, {list(x.shape)} and {list(meta.shape)}"
         )
+    return n, k
+
+
+def mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+    """Twin of `sparse24_mask_mm`."""
+    n, k = check_mask_mm(dy, x, meta)
     _require_legal("sparse24_mask_mm", meta, k)
     dense = dy.reshape(-1, n).float().t() @ x.reshape(-1, k).float()
     return dense.gather(1, positions(meta, k)).to(x.dtype)
