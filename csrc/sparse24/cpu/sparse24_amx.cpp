@@ -19,7 +19,7 @@ constexpr int64_t kBytes = record_bytes(DType::bf16);
 constexpr int64_t kPrefetchAhead = 4096;
 constexpr int64_t kMostTiles = 3;             // token tiles whose sums, with two panels, fit the tile registers
 constexpr int64_t kBlockBytes = 1024 * 1024;  // packed x of a block of tokens: half of L2
-constexpr int64_t kStripBytes = 768 * 1024;    // expanded pair of panels
+constexpr int64_t kStripBytes = 64 * 1024;       // expanded pair of panels
 constexpr int64_t kRing = 4;  // expanded records in flight
 constexpr int64_t kLead = 3;  // records between expansion and product
 
@@ -59,6 +59,9 @@ bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
   return non_finite == 0;
 }
 
+// GCC's tile intrinsics do not tell the compiler which memory they read: without this it may move or drop the stores.
+LISSOM_INLINE void stores_before_tiles() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -74,6 +77,7 @@ void configure(int64_t tokens) {
     config.row_bytes[i] = 64;
     config.rows[i] = static_cast<uint8_t>(i < 7 ? tokens : 16);
   }
+  stores_before_tiles();
   _tile_loadconfig(&config);
 }
 
@@ -132,9 +136,6 @@ LISSOM_INLINE void store_sums(float* out) {  // [a][b][16][16]
   if (A > 2 && B > 1) _tile_stored(5, out + 5 * kTileFloats, 64);
 }
 
-// A token tiles times B panels over all of K, sums in tile registers. Records are expanded kLead ahead of their products:
-// a tile load must wait until the stores it reads have left the store buffer, and meanwhile the products of earlier
-// records occupy the AMX unit while the expansion uses the shuffle port.
 struct Weights {
   const uint8_t* panel;
   char* expanded;  // [slot][panel of pair][1 KiB]
@@ -142,6 +143,9 @@ struct Weights {
   bool ready;  // expanded already, by the token group before
 };
 
+// A token tiles times B panels over all of K, sums in tile registers. Records are expanded kLead ahead of their products:
+// a tile load must wait until the stores it reads have left the store buffer, and meanwhile the products of earlier
+// records occupy the AMX unit while the expansion uses the shuffle port.
 template <int A, int B>
 void product(const Linear& p, const char* x, const Weights& weights, int64_t m0, int64_t n0) {
   const Expander e = make_expander();
@@ -162,6 +166,7 @@ void product(const Linear& p, const char* x, const Weights& weights, int64_t m0,
     if (i < lead) continue;
     const char* w = weights.expanded + out_slot * 2 * kTileBytes;
     if (++out_slot == weights.slots) out_slot = 0;
+    stores_before_tiles();
     _tile_loadd(7, w, 64);
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 6, 7);
@@ -181,6 +186,7 @@ void product(const Linear& p, const char* x, const Weights& weights, int64_t m0,
   }
   float out[A * B * kTileFloats];
   store_sums<A, B>(out);
+  stores_before_tiles();  // and loads after them
   for (int64_t a = 0; a < A; ++a) {
     const int64_t m = m0 + a * kTokens;
     finish(p, {out + a * B * kTileFloats, 16, kTileFloats}, m, p.m - m < kTokens ? p.m - m : kTokens, n0, B);
