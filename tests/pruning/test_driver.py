@@ -304,6 +304,7 @@ def test_weights_that_cannot_be_pruned(make, sentence):
         ({"data": {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}}, "everything is padding"),
         ({"data": {"input_ids": IDS, "attention_mask": IDS[:1]}}, "attention_mask must be"),
         ({"resume": True}, "resume=True needs state_dir"),
+        ({"damp": -0.1}, r"damp must lie in \[0, 1\]"),
         ({"method": "obs"}, "method must be one of"),
         ({"pattern": "4:2"}, "keeps n of m"),
         ({"include": ["up_proj"]}, "include entry 'up_proj' means none"),

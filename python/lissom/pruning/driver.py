@@ -21,7 +21,7 @@ from .pattern import Pattern
 from .problem import Options
 from .report import BlockProgress, BlockReport, LayerReport, PruneReport
 from .selection import Selection, Step, select_linears
-from .solver import Pruned, find_method, prune_group
+from .solver import Pruned, check_damp, find_method, prune_group
 from .state import PruneState, fingerprint
 
 _FEW_TOKENS_DAMP = 0.1  # with fewer than 2 C tokens the held-out error is lower than with 0.01
@@ -93,7 +93,7 @@ def prune_model(
     parsed = Pattern.parse(pattern)
     parts = describe(model)
     selection = select_linears(parts, parsed, include=include, exclude=exclude, strict=strict)
-    _check(model, selection, method, has_data=data is not None)
+    _check(model, selection, method, damp, has_data=data is not None)
     calibration = None
     if data is not None:
         calibration = read_calibration(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
@@ -271,8 +271,12 @@ def _write(linears: Sequence[LinearRef], weights: Mapping[str, torch.Tensor]) ->
         linear.weight().copy_(weights[linear.name])
 
 
-def _check(model: nn.Module, selection: Selection, method: str, *, has_data: bool) -> None:
+def _check(
+    model: nn.Module, selection: Selection, method: str, damp: float | None, *, has_data: bool
+) -> None:
     find_method(method)
+    if damp is not None:
+        check_damp(damp)
     if not has_data and method != "magnitude":
         raise ValueError(f"method {method!r} needs calibration data; got data=None")
     if getattr(model.config, "quantization_config", None) is not None:

@@ -103,8 +103,7 @@ def prune_group(
         ValueError: as for `prune_weight`.
     """
     solve = find_method(method)
-    if not 0 <= damp <= 1:
-        raise ValueError(f"damp must lie in [0, 1], got {damp!r}; 0.01 is usual")
+    check_damp(damp)
     for weight in weights:
         _check_weight(weight, pattern, name)
     columns = weights[0].shape[1]
@@ -159,6 +158,16 @@ def find_method(method: str) -> Callable[[Problem], Solution]:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]
+
+
+def check_damp(damp: float) -> None:
+    """Refuse a damping outside [0, 1].
+
+    Raises:
+        ValueError: it is outside.
+    """
+    if not 0 <= damp <= 1:
+        raise ValueError(f"damp must lie in [0, 1], got {damp!r}; 0.01 is usual")
 
 
 def _check_weight(weight: torch.Tensor, pattern: Pattern, name: str) -> None:
