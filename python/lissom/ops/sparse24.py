@@ -338,7 +338,7 @@ def _values_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = _ops.sparse24_grad_input(dy, _ops.sparse24_pack(values, meta), n, k)
     if ctx.needs_input_grad[1]:
         d_values = _ops.sparse24_mask_mm(dy, x, meta)
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         d_bias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
     return dx, d_values, None, d_bias
 
