@@ -24,10 +24,10 @@ constexpr int64_t kNever = INT64_MAX;
 // as soon as a few vectors of tokens share each decoded weight.
 constexpr CorePlan kPlans[] = {
     {"AMD Zen 4/5", true, true, kNever, kNever, kNever},
-    {"Intel Golden Cove family", true, false, 48, 48, 48},
+    {"Intel Golden Cove family", true, false, 28, 28, 28},
     {"unknown AVX-512 core", false, false, 48, 48, 48},
-    {"AVX2 core", true, false, 48, 48, 48},
-    {"portable", false, false, 16, 16, 16},
+    {"AVX2 core", true, false, 12, 12, 12},
+    {"portable", true, false, 10, 10, 10},
 };
 enum PlanRow { kZen, kGoldenCove, kUnknownAvx512, kAvx2Core, kPortableCore };
 
