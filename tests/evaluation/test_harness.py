@@ -20,7 +20,8 @@ def harness(monkeypatch):
 
     def simple_evaluate(**arguments):
         calls.update(arguments)
-        return {"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
+        metrics = {"alias": "arc_easy", "sample_len": 7, "acc,none": 0.5, "acc_stderr,none": 0.1}
+        return {"results": {"arc_easy": {**metrics, "bleu_stderr,none": "N/A"}}}
 
     package, tasks = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.tasks")
     package.simple_evaluate, tasks.TaskManager = simple_evaluate, TaskManager

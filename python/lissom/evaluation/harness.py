@@ -63,7 +63,8 @@ def evaluate_tasks(
         device=device,
         task_manager=manager,
     )
+    # Metrics are named "acc,none" (metric, filter); other entries are aliases and counts.
     return {
-        task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        task: {name: float(value) for name, value in metrics.items() if "," in name and value != "N/A"}
         for task, metrics in found["results"].items()
     }
