@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import lissom
+from lissom.assets import TINY_LLAMA as TINY
 from lissom.benchmark import generation
 from lissom.benchmark.generation import GenerationOptions, PrepackedLinear, attribute
 from lissom.nn import Sparse24Linear
 
-TINY = Path(lissom.__file__).parent / "assets/tiny-llama"
 QUICK = GenerationOptions(prompt=8, new_tokens=3, rounds=2, threads=1)
 
 

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import lissom
-
-ASSETS = Path(lissom.__file__).parent / "assets"
+from lissom import assets
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,17 @@ class Answer:
 @pytest.fixture
 def tiny_model() -> Path:
     """Folder of the bundled model: 4 Llama blocks, with tokenizer."""
-    return ASSETS / "tiny-llama"
+    return assets.TINY_LLAMA
 
 
 @pytest.fixture
 def calibration() -> Path:
-    return ASSETS / "calibration.txt"
+    return assets.CALIBRATION_TEXT
 
 
 @pytest.fixture
 def validation() -> Path:
-    return ASSETS / "validation.txt"
+    return assets.VALIDATION_TEXT
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json as jsonlib
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 import lissom
+from lissom import assets
 from lissom.cli import options, tables
 from lissom.cli.console import Voice
 from lissom.recipe import build_recipe
@@ -23,7 +23,6 @@ from lissom.reporting.wording import duration_text
 from lissom.run import plan_recipe, run_recipe
 
 MODEL = "smollm2-135m-instruct"
-PROMPT = "A free operating system is"
 # Runs in a process of its own, that knows nothing of lissom but what pip installed.
 _RELOAD = """
 import json, sys
@@ -46,6 +45,7 @@ class Material:
     model: Path
     calibration: Path
     validation: Path
+    prompt: str = "A free operating system is"
     note: str | None = None
 
 
@@ -89,7 +89,7 @@ def demo(
         )
         result = {
             "report": report,
-            "reload": _reload(output),
+            "reload": _reload(output, material.prompt),
             "note": material.note,
             "seconds": time.perf_counter() - start,
         }
@@ -132,20 +132,19 @@ def _find(cache: Path | None, voice: Voice) -> Material:
 
 
 def _bundled(reason: str | None) -> Material:
-    assets = Path(str(importlib.resources.files("lissom"))) / "assets"
     why = f"{reason}; the demo" if reason else "the demo"
-    return Material(
-        assets / "tiny-llama",
-        assets / "calibration.txt",
-        assets / "validation.txt",
+    note = (
         f"{why} uses the tiny model that comes with lissom: everything runs, but neither its speed nor its "
-        "quality says anything about real models",
+        "quality says anything about real models"
+    )
+    return Material(
+        assets.TINY_LLAMA, assets.CALIBRATION_TEXT, assets.VALIDATION_TEXT, "And it came to pass", note
     )
 
 
-def _reload(folder: Path) -> dict[str, Any]:
+def _reload(folder: Path, prompt: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(folder), PROMPT], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _RELOAD, str(folder), prompt], capture_output=True, text=True, check=False
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
