@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guides of docs/howto run as they stand: every command, on the bundled model in place of the fetched one."""
+"""The guides of docs/howto run as they stand, with the bundled model in place of the fetched one."""
 
 import os
 import re
@@ -23,20 +23,17 @@ SETS_UP = ("third_party/", ".venv/bin/activate")  # this test runs inside what t
 
 
 def commands_of(guide: Path) -> list[str]:
-    """Return the guide's shell and Python blocks as one list of shell commands."""
+    """Return what a reader types, section by section: its Python blocks as one script, then its shell lines."""
     text = guide.read_text(encoding="utf-8")
     for fetched, bundled in STAND_INS.items():
         text = text.replace(fetched, bundled)
     commands = []
-    python = ""  # later Python blocks go on where earlier ones of the same section ended
-    for heading, language, body in re.findall(r"^(## )|^```(sh|python)\n(.*?)^```", text, re.S | re.M):
-        if heading:
-            python = ""
-        elif language == "python":
-            python += body
-            commands.append(f"{sys.executable} - <<'EOF'\n{python}EOF")
-        else:
-            lines = body.replace("\\\n", " ").splitlines()
+    for section in text.split("\n## "):
+        script = "".join(re.findall(r"^```python\n(.*?)^```", section, re.S | re.M))
+        if script:
+            commands.append(f"{sys.executable} - <<'EOF'\n{script}EOF")
+        for shell in re.findall(r"^```sh\n(.*?)^```", section, re.S | re.M):
+            lines = shell.replace("\\\n", " ").splitlines()
             commands += [line for line in lines if line and not any(mark in line for mark in SETS_UP)]
     return commands
 
