@@ -416,6 +416,15 @@ def test_ignoring_mismatched_sizes_does_not_let_random_weights_in(name, folder):
         AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
+def test_nibble_behind_the_last_quad_must_be_zero(llama, tmp_path):
+    save(llama(intermediate_size=68), tmp_path / "model")  # 17 quads a row: half a byte is left over
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state[f"{DOWN}.weight_meta"][3, 8] |= 0x40
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{DOWN}\.weight_meta is corrupt.*row 3.*quad 17"):
+        load_model(tmp_path / "model")
+
+
 def test_values_may_be_nan_and_infinite(folder):
     state = load_file(folder / "model.safetensors")
     state[f"{UP}.weight"][0, 0], state[f"{UP}.weight"][1, 1] = torch.nan, -torch.inf
