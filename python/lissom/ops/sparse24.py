@@ -235,7 +235,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     twin._check_target("sparse24_unpack", target)
     if dtype is None:
-        raise RuntimeError("lissom::sparse24_unpack: pass dtype= while tracing: the header cannot be read there")
+        raise RuntimeError(
+            "lissom::sparse24_unpack: pass dtype= while tracing: the header cannot be read there"
+        )
     twin.check_packed_size("sparse24_unpack", packed, N, K, dtype)
     return packed.new_empty(N, K // 2, dtype=dtype), packed.new_empty(N, twin.meta_columns(K))
 
@@ -282,9 +284,9 @@ def _(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
 # --- any other device: the twins ----------------------------------------------------------------------------------------
 
 _library = torch.library.Library("lissom", "FRAGMENT")
-for _name in (
-    "compress decompress check check_meta pack unpack linear linear_values grad_input mask_mm".split()
-):
+for (
+    _name
+) in "compress decompress check check_meta pack unpack linear linear_values grad_input mask_mm".split():
     _library.impl(f"sparse24_{_name}", getattr(twin, _name), "CompositeExplicitAutograd")
 
 
@@ -320,7 +322,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = _ops.sparse24_grad_input(dy.to(ctx.x_dtype), packed, ctx.N, ctx.K)
     d_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-        d_bias = dy.reshape(-1, ctx.N).float().sum(0).to(ctx.bias_dtype)
+        d_bias = dy.float().sum_to_size(ctx.N).to(ctx.bias_dtype)
     return dx, None, None, None, d_bias, None, d_residual
 
 
@@ -339,7 +341,7 @@ def _values_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1]:
         d_values = _ops.sparse24_mask_mm(dy, x, meta)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        d_bias = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+        d_bias = dy.float().sum_to_size(dy.shape[-1]).to(ctx.bias_dtype)
     return dx, d_values, None, d_bias
 
 

@@ -176,7 +176,9 @@ def _header(n: int, k: int, dtype: torch.dtype) -> bytes:
 
 def _check_target(op: str, target: str) -> None:
     if target != "cpu-v1":
-        raise ValueError(f'lissom::{op}: target must be "cpu-v1" (the only one in this build); got {target!r}')
+        raise ValueError(
+            f'lissom::{op}: target must be "cpu-v1" (the only one in this build); got {target!r}'
+        )
 
 
 def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
@@ -218,13 +220,19 @@ def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
     head = bytes(packed[:HEADER_BYTES].tolist())
     index = int.from_bytes(head[12:16], "little")
     if head[:8] != MAGIC or head[8:12] != (1).to_bytes(4, "little") or index > 2:
-        raise RuntimeError(f"lissom::{op}: packed has no cpu-v1 header; pack the weight again with sparse24_pack")
+        raise RuntimeError(
+            f"lissom::{op}: packed has no cpu-v1 header; pack the weight again with sparse24_pack"
+        )
     found = int.from_bytes(head[16:24], "little"), int.from_bytes(head[24:32], "little")
     if found != (n, k):
-        raise RuntimeError(f"lissom::{op}: packed holds a weight of N={found[0]}, K={found[1]}; got N={n}, K={k}")
+        raise RuntimeError(
+            f"lissom::{op}: packed holds a weight of N={found[0]}, K={found[1]}; got N={n}, K={k}"
+        )
     dtype = DTYPES[index]
     if packed.numel() != packed_bytes(n, k, dtype):
-        raise RuntimeError(f"lissom::{op}: packed is damaged: {packed.numel()} bytes for N={n}, K={k}, {dtype}")
+        raise RuntimeError(
+            f"lissom::{op}: packed is damaged: {packed.numel()} bytes for N={n}, K={k}, {dtype}"
+        )
     return dtype
 
 
@@ -243,7 +251,9 @@ def unpack(
     if k % 8:
         meta[:, -1] &= 15
     values = body[..., META_BYTES:].contiguous().view(held)
-    shape = (panels, records, 8, 2, PANEL_ROWS) if held == torch.float32 else (panels, records, 8, PANEL_ROWS, 2)
+    shape = (
+        (panels, records, 8, 2, PANEL_ROWS) if held == torch.float32 else (panels, records, 8, PANEL_ROWS, 2)
+    )
     values = values.reshape(shape)
     if held == torch.float32:
         values = values.transpose(-1, -2)
@@ -312,7 +322,9 @@ def linear_checks(
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{op}: bias must be float32 or x's dtype {x.dtype}; got {bias.dtype}")
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], n):
-        raise ValueError(f"{op}: residual must have y's shape {[*x.shape[:-1], n]}; got {list(residual.shape)}")
+        raise ValueError(
+            f"{op}: residual must have y's shape {[*x.shape[:-1], n]}; got {list(residual.shape)}"
+        )
     if residual is not None and residual.dtype != out:
         raise TypeError(f"{op}: residual must have y's dtype {out}; got {residual.dtype}")
     if act not in ACTIVATIONS:
@@ -333,7 +345,9 @@ def check_dy(dy: Tensor, packed: Tensor, n: int) -> None:
     if dy.dim() < 1 or dy.shape[-1] != n:
         raise ValueError(f"lissom::sparse24_grad_input: dy must be [..., N={n}]; got {list(dy.shape)}")
     if dy.dtype not in DTYPES:
-        raise TypeError(f"lissom::sparse24_grad_input: dy must be float32, bfloat16 or float16; got {dy.dtype}")
+        raise TypeError(
+            f"lissom::sparse24_grad_input: dy must be float32, bfloat16 or float16; got {dy.dtype}"
+        )
 
 
 def grad_input(dy: Tensor, packed: Tensor, n: int, k: int) -> Tensor:
@@ -366,5 +380,6 @@ def mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     """Twin of `sparse24_mask_mm`."""
     n, k = check_mask_mm(dy, x, meta)
     _require_legal("sparse24_mask_mm", meta, k)
-    dense = dy.reshape(-1, n).float().t() @ x.reshape(-1, k).float()
+    m = dy.shape[:-1].numel()
+    dense = dy.reshape(m, n).float().t() @ x.reshape(m, k).float()
     return dense.gather(1, positions(meta, k)).to(x.dtype)
