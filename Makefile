@@ -12,7 +12,7 @@ test: setup          ; $(PYTEST) -m "not slow"
 test-all: models     ; $(PYTEST)
 bench: setup         ; .venv/bin/lissom bench sparse24
 report: setup        ; .venv/bin/lissom report
-docs: setup          ; $(PYTEST) tests/house/test_docs.py
+docs: setup          ; $(PYTEST) tests/house/test_docs.py tests/house/test_howto.py
 lint: setup          ; @.ci/lint
 format: setup        ; @.ci/lint --fix
 asan: setup          ; @.ci/asan

@@ -23,7 +23,7 @@ SETS_UP = ("third_party/", ".venv/bin/activate")  # this test runs inside what t
 
 
 def commands_of(guide: Path) -> list[str]:
-    """Return what a reader types, section by section: its Python blocks as one script, then its shell lines."""
+    """Return what a reader types: of each section its Python as one script, then its shell lines."""
     text = guide.read_text(encoding="utf-8")
     for fetched, bundled in STAND_INS.items():
         text = text.replace(fetched, bundled)
