@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Each target sets up what it needs by itself; everything else is an argument of `lissom` (see `.venv/bin/lissom --help`).
+# Each target sets up what it needs by itself; everything else is an argument of `lissom` (lissom --help).
 .PHONY: setup models demo test test-all bench report docs lint format asan clean
 .DEFAULT_GOAL := demo
 
