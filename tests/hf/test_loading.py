@@ -39,7 +39,7 @@ def test_works_with_autoload_off(packed_folder):
         env={**os.environ, "LISSOM_AUTOLOAD": "0"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.stdout.strip() == "LlamaForCausalLM", result.stderr

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -167,6 +168,27 @@ def test_base_model_loads_a_checkpoint_with_a_head(packed_folder, tokens):
     assert len(packed_modules(base)) == 14
     wanted = reload(packed_folder).model(tokens).last_hidden_state
     torch.testing.assert_close(base(tokens).last_hidden_state, wanted)
+
+
+def test_headless_folder_loads_below_a_head(packed_folder, tokens, tmp_path):
+    base = AutoModel.from_pretrained(packed_folder)
+    save(base, tmp_path / "base")
+    model = reload(tmp_path / "base")
+    assert len(packed_modules(model)) == 14
+    torch.testing.assert_close(model.model(tokens).last_hidden_state, base(tokens).last_hidden_state)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of its model, the first is lm_head\.weight"):
+        lissom.hf.load_model(tmp_path / "base")
+
+
+def test_tensors_stored_under_other_names(packed_folder, logits, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.layers", "old.layers"): tensor for name, tensor in state.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = reload(folder, key_mapping={r"^old\.layers": "model.layers"})
+    torch.testing.assert_close(logits(loaded), logits(reload(packed_folder)))
+    with pytest.raises(ValueError, match=r"is missing from the checkpoint"):
+        reload(folder)
 
 
 def test_another_head_may_be_new(packed_folder):
