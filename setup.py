@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds lissom._C with CMake. Never imports torch: pip's isolated build only needs to know where it is installed."""
+"""Builds lissom._C with CMake. Never imports torch: pip's isolated build only has to know where it lies."""
 
 import importlib.util
 import os
@@ -21,22 +21,25 @@ def torch_folder() -> Path:
     candidates = [
         os.environ.get("LISSOM_TORCH_DIR"),
         spec and spec.origin and str(Path(spec.origin).parent),
-        os.path.join(sysconfig.get_path("purelib"), "torch"),
-        # Inside pip's isolated build `sys.prefix` is still the user's environment.
-        os.path.join(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages", "torch"),
+        os.path.join(sysconfig.get_path("purelib"), "torch"),  # the user's, also inside an isolated build
     ]
     for folder in candidates:
         if folder and (Path(folder) / "share/cmake/Torch/TorchConfig.cmake").is_file():
             return Path(folder)
-    sys.exit("lissom needs PyTorch to be installed first: run `pip install torch`, then install lissom again.")
+    sys.exit("lissom needs PyTorch to be installed first: run `pip install torch`, then install it again.")
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}{os.environ.get('LISSOM_BUILD_TAG', '')}"
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-DTorch_DIR={torch_folder()}/share/cmake/Torch", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
+        tag = sysconfig.get_config_var("SOABI") + os.environ.get("LISSOM_BUILD_TAG", "")
+        build = ROOT / "build" / f"cmake-{tag}"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTorch_DIR={torch_folder()}/share/cmake/Torch",
+        ]
+        configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
         # An earlier isolated build may have left the path of a ninja that is gone by now in CMake's cache.
         configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
