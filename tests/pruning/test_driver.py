@@ -263,6 +263,18 @@ def test_layer_that_sees_some_tokens_only_is_refused():
         prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
 
 
+def test_model_packed_by_lissom_is_described_but_not_pruned():
+    model = build_tiny("llama")
+    prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
+    dense = model(IDS).logits
+    report = lissom.sparsify(model)
+    assert len(report.touched) == 21
+    torch.testing.assert_close(model(IDS).logits, dense, rtol=1e-4, atol=1e-4)
+    assert [linear.shape for linear in describe(model).linears()][:2] == [(32, 32), (16, 32)]
+    with pytest.raises(UnsupportedModelError, match=r"q_proj has no dense weight to read: Sparse24Linear"):
+        prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
+
+
 def _meta_model():
     with torch.device("meta"):
         return build_tiny("llama")
