@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests: tiers, dtypes, kernel paths, tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom import testing
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a product: a tier, a dtype and a path of the kernels."""
+
+    isa: str
+    dtype: torch.dtype
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.isa}-{str(self.dtype).removeprefix('torch.')}-{self.path}"
+
+
+def _kernels() -> Iterator[Kernel]:
+    """Every path once, in the lowest tier of this CPU that has it."""
+    for dtype in testing.DTYPES:
+        for isa in testing.tiers():
+            known = testing.paths("avx512", dtype) if isa in ("avx512x", "amx") else []
+            known += testing.paths("avx512x", dtype) if isa == "amx" else []
+            for path in testing.paths(isa, dtype):
+                if path not in known:
+                    yield Kernel(isa, dtype, path)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        metavar="N",
+        default=2000,
+        help="random problems of each fuzz test, over all tiers (default: %(default)s)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", testing.tiers(), indirect=True)
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize("kernel", list(_kernels()), indirect=True, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _settings_restored() -> Iterator[None]:
+    """A test may switch the tier, force a path or set the number of threads: the next one finds them as they were."""
+    isa, threads = lissom.cpu_isa(), torch.get_num_threads()
+    yield
+    lissom._C.force_path("")
+    lissom.set_cpu_isa(isa)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> str:
+    """Runs the test in every tier that this CPU has."""
+    lissom.set_cpu_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Runs the test on every path of every tier and dtype, whatever this core would choose."""
+    chosen: Kernel = request.param
+    lissom.set_cpu_isa(chosen.isa)
+    lissom._C.force_path(chosen.path)
+    assert lissom._C.path_name(str(chosen.dtype).removeprefix("torch."), 8) == chosen.path
+    return chosen
+
+
+@pytest.fixture(params=testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., nn.Module]:
+    """Builds a random Llama in milliseconds: tiny_llama(seed=0, dtype=torch.float32, **config)."""
+    from lissom.models.tiny import build_tiny
+
+    return lambda **settings: build_tiny("llama", **settings)
