@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -85,6 +86,17 @@ def test_replaces_whole_checkpoint_and_keeps_other_files(old_model):
     assert os.readlink(old_model / "link") == "notes"
     assert not list(old_model.glob("*.safetensors"))
     assert [entry.name for entry in old_model.parent.iterdir()] == ["model"]
+
+
+def test_carries_files_over_without_hard_links(old_model, monkeypatch):
+    def refuse(source, copy):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    (old_model / "notes.txt").write_text("mine")
+    monkeypatch.setattr(os, "link", refuse)
+    with replacing_directory(old_model, overwrite=True) as folder:
+        write_model(folder, "new")
+    assert contents(old_model) == {"config.json": "new", "model.safetensors": "new", "notes.txt": "mine"}
 
 
 def save_half(target: Path) -> None:

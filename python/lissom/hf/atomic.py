@@ -92,11 +92,18 @@ def _carry_over(old: Path, new: Path) -> None:
         if any(entry.match(pattern) for pattern in _CHECKPOINT_FILES) or copy.exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, copy, symlinks=True, copy_function=os.link)
+            shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
         elif entry.is_symlink():
             copy.symlink_to(os.readlink(entry))
         else:
-            os.link(entry, copy)
+            _link(entry, copy)
+
+
+def _link(source: str | Path, copy: str | Path) -> None:
+    try:
+        os.link(source, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, copy)
 
 
 def _move_into(fresh: Path, target: Path, *, overwrite: bool) -> None:
