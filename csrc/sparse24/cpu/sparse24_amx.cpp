@@ -18,7 +18,7 @@ constexpr int64_t kTileFloats = 256;
 constexpr int64_t kBytes = record_bytes(DType::bf16);
 constexpr int64_t kPrefetchAhead = 4096;
 constexpr int64_t kMostTiles = 3;             // token tiles whose sums, with two panels, fit the tile registers
-constexpr int64_t kBlockBytes = 1024 * 1024;  // packed x of a block of tokens: half of L2
+constexpr int64_t kBlockBytes = 1024 * 1024;  // what a block keeps in L2: half of it
 constexpr int64_t kStripBytes = 64 * 1024;       // expanded pair of panels
 constexpr int64_t kRing = 4;  // expanded records in flight
 constexpr int64_t kLead = 3;  // records between expansion and product
@@ -30,8 +30,7 @@ int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
 int64_t x_tiles(const Linear& p) { return token_tiles(p.m); }
 size_t x_bytes(const Linear& p) { return static_cast<size_t>(token_tiles(p.m) * records(p.k) * kTileBytes); }
 
-// A pair of panels met by several groups of token tiles is expanded once, into L2; else, or if it would not fit beside x,
-// records pass through a ring in L1.
+// Where K is short, a pair of panels is expanded once for all token tiles; else records pass through a ring in L1.
 int64_t slots(const Linear& p) {
   const bool reused = token_tiles(p.m) > kMostTiles && 2 * records(p.k) * kTileBytes <= kStripBytes;
   return reused && records(p.k) > kRing ? records(p.k) : kRing;
@@ -202,29 +201,56 @@ void product_of(int64_t tiles, const Linear& p, const char* x, const Weights& w,
   }
 }
 
-// Blocks of tokens outermost: their packed x stays in L2. Inside, a pair of panels comes from memory once and is met by
-// all token tiles of the block from L2.
-void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
-  const int64_t tiles = token_tiles(p.m), x_tile = records(p.k) * kTileBytes;
+// What one call of run works on.
+struct Job {
+  const Linear& p;
+  const char* x;
+  char* expanded;
+};
+
+// Token tiles [t, t + tiles) times the pair of panels at a.
+void group_times_pair(const Job& job, int64_t t, int64_t tiles, int64_t a, int64_t panel_end, bool ready) {
+  const Linear& p = job.p;
+  const Weights w = {p.records + a * panel_bytes(p.k, DType::bf16), job.expanded, slots(p), ready};
+  const char* x = job.x + t * records(p.k) * kTileBytes;
+  if (a + 1 < panel_end)
+    product_of<2>(tiles, p, x, w, t * kTokens, a * kPanelRows);
+  else
+    product_of<1>(tiles, p, x, w, t * kTokens, a * kPanelRows);
+}
+
+// K short: a pair of panels, expanded once, meets all token tiles of a block, whose packed x stays in L2.
+void run_short(const Job& job, int64_t panel_begin, int64_t panel_end) {
+  const int64_t tiles = token_tiles(job.p.m), x_tile = records(job.p.k) * kTileBytes;
   const int64_t fit = x_tile ? kBlockBytes / x_tile / kMostTiles * kMostTiles : tiles;
-  const int64_t block = fit < kMostTiles ? kMostTiles : fit;
-  configure(p.m < kTokens ? p.m : kTokens);
+  const Tiling groups = equal_tiles(tiles, kMostTiles);
+  const int64_t block = groups.rows * (fit / kMostTiles > 1 ? fit / kMostTiles : 1);
   for (int64_t t0 = 0; t0 < tiles; t0 += block) {
     const int64_t t1 = t0 + block < tiles ? t0 + block : tiles;
-    const Tiling groups = equal_tiles(t1 - t0, kMostTiles);
-    for (int64_t a = panel_begin; a < panel_end; a += 2) {
-      Weights w = {p.records + a * panel_bytes(p.k, DType::bf16), static_cast<char*>(scratch), slots(p), false};
-      for (int64_t t = t0; t < t1; t += groups.rows) {
-        const int64_t here = t1 - t < groups.rows ? t1 - t : groups.rows;
-        const char* x = static_cast<const char*>(packed_x) + t * x_tile;
-        if (a + 1 < panel_end)
-          product_of<2>(here, p, x, w, t * kTokens, a * kPanelRows);
-        else
-          product_of<1>(here, p, x, w, t * kTokens, a * kPanelRows);
-        w.ready = w.slots >= records(p.k);
-      }
-    }
+    for (int64_t a = panel_begin; a < panel_end; a += 2)
+      for (int64_t t = t0; t < t1; t += groups.rows)
+        group_times_pair(job, t, t1 - t < groups.rows ? t1 - t : groups.rows, a, panel_end, t > t0);
   }
+}
+
+// K long: a block of panels comes from memory once and stays in L2 while every group of token tiles passes by.
+void run_long(const Job& job, int64_t panel_begin, int64_t panel_end) {
+  const int64_t tiles = token_tiles(job.p.m);
+  const Tiling groups = equal_tiles(tiles, kMostTiles);
+  const int64_t fit = kBlockBytes / panel_bytes(job.p.k, DType::bf16) / 2 * 2;
+  const int64_t block = fit < 2 ? 2 : fit;
+  for (int64_t a0 = panel_begin; a0 < panel_end; a0 += block) {
+    const int64_t a1 = a0 + block < panel_end ? a0 + block : panel_end;
+    for (int64_t t = 0; t < tiles; t += groups.rows)
+      for (int64_t a = a0; a < a1; a += 2)
+        group_times_pair(job, t, tiles - t < groups.rows ? tiles - t : groups.rows, a, panel_end, false);
+  }
+}
+
+void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
+  const Job job = {p, static_cast<const char*>(packed_x), static_cast<char*>(scratch)};
+  configure(p.m < kTokens ? p.m : kTokens);
+  slots(p) >= records(p.k) ? run_short(job, panel_begin, panel_end) : run_long(job, panel_begin, panel_end);
   _tile_release();
 }
 
