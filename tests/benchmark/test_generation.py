@@ -87,6 +87,17 @@ def test_a_dense_model_named_packed_is_refused():
         generation.run(TINY, packed=TINY, options=QUICK)
 
 
+def test_memory_is_measured_in_processes_of_their_own():
+    options = GenerationOptions(prompt=4, new_tokens=2, rounds=1, threads=1, memory=True)
+    found = generation.run(TINY, options=options)
+    rows = {row["name"]: row["memory"] for row in found["variants"]}
+    assert rows["onednn"] is None
+    assert rows["dense"]["file_bytes"] == (TINY / "model.safetensors").stat().st_size
+    assert found["memory_ratios"]["file_bytes"] == pytest.approx(0.65, abs=0.02)
+    for memory in (rows["dense"], rows["packed"]):
+        assert memory["loading_peak_bytes"] >= memory["imports_bytes"] > 50e6
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="must be <= 1024"):
         generation.run(TINY, options=GenerationOptions(prompt=1020, new_tokens=5))

@@ -10,15 +10,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+import lissom
 from lissom.benchmark.machine import torch_threads
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,6 +40,8 @@ LABELS = {
     "compiled": "dense, torch.compile",
     "packed": "2:4 packed, lissom",
 }
+
+Model = str | Path | nn.Module
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Variant:
     """One contender and what was measured of it; times in seconds."""
 
     name: str
-    model: nn.Module
+    model: Any
+    folder: Path | None = None
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
     decode_parts: dict[str, float] = field(default_factory=dict)
@@ -96,9 +101,9 @@ class _Clock:
 
 
 def run(
-    model: str | Path | nn.Module,
+    model: Model,
     *,
-    packed: str | Path | nn.Module | None = None,
+    packed: Model | None = None,
     options: GenerationOptions | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -121,9 +126,9 @@ def run(
     options = options or GenerationOptions()
     say = on_progress or (lambda line: None)
     with torch_threads(options.threads or torch.get_num_threads()), torch.inference_mode():
-        dense = _load(model, options.dtype, options.seed)
-        prompt = _prompt(dense, options)
-        variants = _contenders(dense, packed, options, say)
+        dense, sparse = _pair(model, packed, options, say)
+        prompt = _prompt(dense.model, options)
+        variants = _contenders(dense, sparse, options, say)
         for variant in variants:
             say(f"warming up: {LABELS[variant.name]}")
             _generate(variant.model, prompt, 2)
@@ -137,7 +142,7 @@ def run(
             if variant.name != "compiled":
                 variant.decode_parts = _decode_parts(variant.model, prompt, options.new_tokens)
     if options.memory:
-        _measure_memory(variants, model, packed, options, say)
+        _measure_memory(variants, options, say)
     return _summary(model, variants, options)
 
 
@@ -165,47 +170,59 @@ def random_model(shape: str, *, dtype: str = "auto", seed: int = 0) -> nn.Module
     return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
 
 
-def _load(model: str | Path | nn.Module, dtype: str, seed: int) -> nn.Module:
+def _load(model: Model, dtype: str, seed: int) -> nn.Module:
     if isinstance(model, nn.Module):
         return model.eval()
     if str(model) in SHAPES:
         return random_model(str(model), dtype=dtype, seed=seed)
-    import lissom.hf
+    from lissom.hf import load_model
 
-    return lissom.hf.load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype)).eval()
+    return load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype)).eval()
 
 
-def _contenders(
-    model: nn.Module,
-    packed: str | Path | nn.Module | None,
-    options: GenerationOptions,
-    say: Callable[[str], None],
-) -> list[Variant]:
+def _pair(
+    model: Model, packed: Model | None, options: GenerationOptions, say: Callable[[str], None]
+) -> tuple[Variant, Variant]:
+    """Dense and packed, from whatever the caller has of them."""
     from lissom.nn import Sparse24Linear
 
-    if any(isinstance(m, Sparse24Linear) for m in model.modules()):
+    first = _load(model, options.dtype, options.seed)
+    if _is_packed(first):
         if packed is not None:
             raise ValueError(
                 "benchmark.generation: the first model is packed already; name the dense one first"
             )
-        dense, sparse = (
-            _swap(model, lambda m: m.to_linear() if isinstance(m, Sparse24Linear) else None),
-            model,
-        )
-    elif packed is not None:
-        dense, sparse = model, _load(packed, options.dtype, options.seed)
-    else:
+        dense = _swap(first, lambda m: m.to_linear() if isinstance(m, Sparse24Linear) else None)
+        return Variant("dense", dense), Variant("packed", first, _folder(model))
+    if packed is None:
         say("cutting the weights to 2:4 by magnitude (for timing only)")
-        dense, sparse = model, _cut(model)
-    if not any(isinstance(m, Sparse24Linear) for m in sparse.modules()):
+        return Variant("dense", first, _folder(model)), Variant("packed", _cut(first))
+    second = _load(packed, options.dtype, options.seed)
+    if not _is_packed(second):
         raise ValueError(
             "benchmark.generation: no layer of the packed model is 2:4; prune it with pattern '2:4' first"
         )
+    return Variant("dense", first, _folder(model)), Variant("packed", second, _folder(packed))
+
+
+def _is_packed(model: nn.Module) -> bool:
+    from lissom.nn import Sparse24Linear
+
+    return any(isinstance(module, Sparse24Linear) for module in model.modules())
+
+
+def _folder(model: Model) -> Path | None:
+    return Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
+
+
+def _contenders(
+    dense: Variant, packed: Variant, options: GenerationOptions, say: Callable[[str], None]
+) -> list[Variant]:
     say("laying out the dense weights for oneDNN")
-    prepacked = _swap(dense, lambda m: PrepackedLinear(m) if type(m) is nn.Linear else None)
-    variants = [Variant("dense", dense), Variant("onednn", prepacked), Variant("packed", sparse)]
+    prepacked = _swap(dense.model, lambda m: PrepackedLinear(m) if type(m) is nn.Linear else None)
+    variants = [dense, Variant("onednn", prepacked), packed]
     if options.compiled:
-        compiled = _swap(dense, lambda m: None)
+        compiled = _swap(dense.model, lambda m: None)
         compiled.forward = torch.compile(compiled.forward, dynamic=True)
         variants.insert(2, Variant("compiled", compiled))
     return variants
@@ -372,6 +389,7 @@ def _summary(model: Any, variants: list[Variant], options: GenerationOptions) ->
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "variants": rows,
+        "memory_ratios": _memory_ratios(by_name),
         "ratios": {
             phase: {
                 f"over_{n}": row[f"{phase}_seconds"] / by_name["packed"][f"{phase}_seconds"]
@@ -382,6 +400,12 @@ def _summary(model: Any, variants: list[Variant], options: GenerationOptions) ->
         },
         "attribution": {phase: attribute(by_name, phase) for phase in ("prefill", "decode")},
     }
+
+
+def _memory_ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """Packed over dense: bytes on disk, peaks of memory."""
+    dense, packed = rows["dense"]["memory"], rows["packed"]["memory"]
+    return {name: packed[name] / dense[name] for name in dense} if dense and packed else None
 
 
 def attribute(variants: dict[str, dict[str, Any]], phase: str) -> dict[str, Any]:
@@ -405,39 +429,33 @@ def attribute(variants: dict[str, dict[str, Any]], phase: str) -> dict[str, Any]
 
 
 def _measure_memory(
-    variants: list[Variant],
-    model: Any,
-    packed: Any,
-    options: GenerationOptions,
-    say: Callable[[str], None],
+    variants: Sequence[Variant], options: GenerationOptions, say: Callable[[str], None]
 ) -> None:
-    """Peak resident memory, each variant alone in a process of its own."""
-    folders = {"dense": model, "packed": packed}
-    for variant in variants:
-        folder = folders.get(variant.name)
-        if folder is None or not Path(str(folder)).is_dir():
-            continue
+    """Bytes on disk and peak resident memory, each model alone in a process of its own."""
+    forms: dict[str, Literal["dense", "packed"]] = {"dense": "dense", "packed": "packed"}
+    for variant in (v for v in variants if v.name in forms):
         say(f"peak memory: {LABELS[variant.name]}")
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "lissom.benchmark.generation",
-                str(folder),
-                str(options.prompt),
-                str(options.new_tokens),
-                options.dtype,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads or 1)},
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"benchmark.generation: measuring memory of {folder} failed: {done.stderr.strip()[-400:]}"
-            )
-        variant.memory = json.loads(done.stdout.splitlines()[-1])
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = variant.folder or Path(scratch) / variant.name
+            if variant.folder is None:
+                lissom.save(variant.model, folder, format=forms[variant.name])
+            files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            variant.memory = {"file_bytes": files, **_measure_folder(folder, options)}
+
+
+def _measure_folder(folder: Path, options: GenerationOptions) -> dict[str, int]:
+    arguments = [str(folder), str(options.prompt), str(options.new_tokens), options.dtype]
+    done = subprocess.run(
+        [sys.executable, "-m", "lissom.benchmark.generation", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads or torch.get_num_threads())},
+    )
+    if done.returncode:
+        last = done.stderr.strip()[-400:]
+        raise RuntimeError(f"benchmark.generation: measuring memory of {folder} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _resident_peak() -> int:

@@ -210,7 +210,8 @@ def generation_view(console: Console, value: dict[str, Any]) -> None:
     for row in value["variants"]:
         if row["memory"]:
             console.print(
-                f"peak memory, {row['label']}: {byte_text(row['memory']['running_peak_bytes'])} running, "
+                f"{_CONTENDERS[row['name']]}: {byte_text(row['memory']['file_bytes'])} on disk, peak memory "
+                f"{byte_text(row['memory']['running_peak_bytes'])} running, "
                 f"{byte_text(row['memory']['loading_peak_bytes'])} loading"
             )
 
