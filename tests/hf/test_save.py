@@ -90,6 +90,8 @@ def test_packed_is_smaller_by_the_expected_share(llama, tmp_path):
     headers = 14 * 200
     assert abs(saved - weights * 7 / 16) < headers
     assert packed.bytes < dense.bytes
+    assert "14 linears 2:4, packed: loads with lissom" in str(packed)
+    assert "none is faster for it" in str(dense)
 
 
 def test_plain_save_pretrained_round_trips(variant, tmp_path):

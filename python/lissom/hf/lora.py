@@ -39,6 +39,11 @@ def merge_lora(model: PeftModel, *, adapter_names: Sequence[str] | None = None) 
         TypeError: ``model`` is not a peft model.
         ValueError: an adapter on a packed linear is not plain LoRA (DoRA and other variants), or is merged
             already.
+
+    Example:
+        >>> merge_lora(nn.Linear(4, 4))
+        Traceback (most recent call last):
+        TypeError: merge_lora needs a peft.PeftModel, got Linear
     """
     from peft import PeftModel
 

@@ -236,7 +236,7 @@ def _check_against_model(module: Sparse24Linear, stored: str, tensors: dict[str,
 
 def _refuse_unfilled(model: PreTrainedModel, swapped: Mapping[str, Sparse24Linear]) -> None:
     """transformers fills what it did not find with fresh values and only logs it; a new head may be so."""
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor | None] = dict(model.named_parameters())
     tensors |= {f"{name}{META_SUFFIX}": module.weight_meta for name, module in swapped.items()}
     complete = type(model).__name__ in (model.config.architectures or [])
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]

@@ -39,6 +39,10 @@ class SaveReport:
     format: str
     modules: tuple[str, ...]
 
+    def __str__(self) -> str:
+        gain = "any tool reads it, none is faster for it" if self.format == "dense" else "loads with lissom"
+        return f"{self.bytes / 1e6:.1f} MB, {len(self.modules)} linears 2:4, {self.format}: {gain}"
+
 
 def save(
     model: PreTrainedModel,
@@ -73,16 +77,15 @@ def save(
         TypeError: ``model`` is not a transformers model.
         ValueError: unknown format, unmerged adapters, or nothing to pack.
         FileExistsError: ``directory`` holds a model and ``overwrite`` is False.
+
+    Example:
+        >>> save(nn.Linear(4, 4), "out")
+        Traceback (most recent call last):
+        TypeError: lissom.save needs a transformers model, got Linear
     """
     _check_model(model)
-    if format not in ("packed", "dense"):
-        raise ValueError(f"format must be 'packed' or 'dense', got {format!r}")
     facts = card if isinstance(card, CardFacts) else CardFacts(**(card or {}))
-    modules = [name for name, _ in _two_four_linears(model)]
-    if format == "packed" and not modules:
-        raise ValueError(
-            "no linear of this model is 2:4: prune it first (lissom.prune), or save with format='dense'"
-        )
+    modules = _modules_to_pack(model, format)
     config = _config_to_save(model, format, modules)
     target = Path(directory)
     with replacing_directory(target, overwrite=overwrite) as folder:
@@ -92,9 +95,12 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         readme = target / CARD_NAME
-        existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
         text = render_card(
-            facts, config.lissom, format=format, packed_modules=len(modules), existing=existing
+            facts,
+            config.lissom,
+            format=format,
+            packed_modules=len(modules),
+            existing=readme.read_text(encoding="utf-8") if readme.is_file() else None,
         )
         (folder / CARD_NAME).write_text(text, encoding="utf-8")
         files = tuple(sorted(entry.name for entry in folder.iterdir()))
@@ -112,6 +118,17 @@ def _check_model(model: object) -> None:
         raise ValueError(
             "lissom.save got a model with adapters in it: merge them first with lissom.hf.merge_lora"
         )
+
+
+def _modules_to_pack(model: nn.Module, format: str) -> list[str]:
+    if format not in ("packed", "dense"):
+        raise ValueError(f"format must be 'packed' or 'dense', got {format!r}")
+    modules = [name for name, _ in _two_four_linears(model)]
+    if format == "packed" and not modules:
+        raise ValueError(
+            "no linear of this model is 2:4: prune it first (lissom.prune), or save with format='dense'"
+        )
+    return modules
 
 
 def _two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -180,22 +197,17 @@ def _config_to_save(model: PreTrainedModel, format: str, modules: list[str]) -> 
             delattr(config, name)
     if format == "packed":
         config.quantization_config = Sparse24Config(modules=modules)
-    config.lissom = (
-        {"version": lissom.__version__} | dict(getattr(config, "lissom", None) or {}) | {"format": format}
-    )
-    head = model.get_output_embeddings()
-    if isinstance(head, Sparse24Linear) and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = (
-            False  # tying at load would put the embedding in the place of the packed head
-        )
+    provenance = dict(getattr(config, "lissom", None) or {})
+    config.lissom = {"version": lissom.__version__} | provenance | {"format": format}
+    if isinstance(model.get_output_embeddings(), Sparse24Linear):
+        # Tying at load would put the embedding in the place of the packed head.
+        config.tie_word_embeddings = False
     return config
 
 
 @contextmanager
 def _presented_with(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
-    """Lets ``save_pretrained`` write this config and the state dict it is given, whatever the model was
-    loaded from.
-    """
+    """Lets ``save_pretrained`` write this config and its state dict, whatever the model was loaded from."""
     own_config, quantizer = model.config, model.__dict__.pop("hf_quantizer", None)
     model.config = config
     try:
