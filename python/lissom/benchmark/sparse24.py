@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lissom import ops
 from lissom.benchmark import machine
+from lissom.reference.sparse24 import packed_bytes
 
 SHAPES = ((4096, 4096), (4096, 11008), (2048, 8192))  # (K, N)
 TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -48,10 +49,11 @@ def run(
         dtypes: of float32, bfloat16, float16. tokens: rows of x. shapes: (K, N) pairs.
 
     Returns:
-        One dict a combination: dtype, M, N, K, threads, ours_us, path, peers {name: us} of the same dtype, other_peers
-        {name: us}, ratio_best (fastest peer over ours), gflops (dense-equivalent: 2 M N K), gbps (packed bytes over
-        time) and roofline_share (the time that bytes or arithmetic of the 2:4 form need at least, over ours; the
-        machine's ceilings as dense code reaches them, so it may pass 1).
+        One dict a combination: dtype, M, N, K, threads, ours_us, path, peers {name: us} of the same dtype,
+        other_peers {name: us}, ratio_best (fastest peer over ours), byte_ratio (dense over packed), gflops
+        (dense-equivalent: 2 M N K), gbps (packed bytes over time) and roofline_share (the time that bytes or
+        arithmetic of the 2:4 form need at least, over ours; the ceilings are those that dense code reaches on
+        this machine, so it may pass 1).
 
     >>> row = run(quick=True, threads=1, dtypes=["float32"], tokens=[1], shapes=[(64, 64)])[0]
     >>> row["M"], row["N"], sorted(row["peers"])[0]
@@ -102,7 +104,9 @@ def run_capped(isa: str, **options: Any) -> list[dict[str, Any]]:
         env=os.environ | _CAPS[isa] | {"LISSOM_CPU_ISA": isa},
     )
     if done.returncode:
-        raise RuntimeError(f"benchmark.sparse24: the run capped to {isa} failed: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(
+            f"benchmark.sparse24: the run capped to {isa} failed: {done.stderr.strip()[-500:]}"
+        )
     return json.loads(done.stdout)
 
 
@@ -110,7 +114,8 @@ def tune(*, threads: int = 1) -> dict[str, Any]:
     """Times both fp32-math paths of this tier by M, for the table in csrc/core/cpu_isa.cpp.
 
     Returns:
-        `rows` [{dtype, M, permuted_us, lanes_us}] and `from` {dtype: least M from which `lanes` stays ahead, or None}.
+        `rows` [{dtype, M, permuted_us, lanes_us}] and `from` {dtype: least M from which `lanes` stays ahead, or
+        None}.
     """
     from lissom import _C
 
@@ -119,7 +124,10 @@ def tune(*, threads: int = 1) -> dict[str, Any]:
         for name in ("float32", "bfloat16", "float16"):
             packed, x = _packed_weight(4096, 4096, getattr(torch, name)), torch.randn(128, 4096)
             for m in (8, 16, 24, 32, 48, 64, 96, 128):
-                calls = {path: _forced(path, x[:m].to(getattr(torch, name)), packed) for path in ("permuted", "lanes")}
+                calls = {
+                    path: _forced(path, x[:m].to(getattr(torch, name)), packed)
+                    for path in ("permuted", "lanes")
+                }
                 try:
                     seconds = machine.median_seconds(calls, 9)
                 finally:
@@ -154,20 +162,29 @@ def _rotating(make: Callable[[], Any], bytes_each: int, m: int) -> list[Any]:
     return [make() for _ in range(copies)]
 
 
-def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[str, Any]:
+def contenders(dtype: torch.dtype, m: int, n: int, k: int) -> dict[str, Callable[[int], Any]]:
+    """Our linear (`ours`) and the dense ones of the same dtype, as functions of the round's index.
+
+    The index rotates copies of the weights where M <= 16, so that they are cold.
+    """
     torch.manual_seed(0)
     x = torch.randn(m, k).to(dtype)
     first = _packed_weight(n, k, dtype)
     packed = _rotating(first.clone, first.numel(), m)
-    calls: dict[str, Callable[[int], Any]] = {
-        "ours": lambda r: ops.sparse24_linear(x, packed[r % len(packed)], n, k)
-    }
-    peers = _dense_peers(x, n)
-    others = _dense_peers(x.float(), n, only_onednn=True) if dtype != torch.float32 else {}
-    calls |= peers | {f"{name}, widened to float32": call for name, call in others.items()}
+    calls = {"ours": lambda r: ops.sparse24_linear(x, packed[r % len(packed)], n, k)}
+    return calls | _dense_peers(x, n)
+
+
+def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[str, Any]:
+    calls = contenders(dtype, m, n, k)
+    peers = [name for name in calls if name != "ours"]
+    if dtype != torch.float32:
+        widened = _dense_peers(torch.randn(m, k), n, only_onednn=True)
+        calls |= {f"{name}, widened to float32": call for name, call in widened.items()}
     rounds = (5 if quick else 9) if m > 64 else (9 if quick else 25)
     micros = {name: 1e6 * s for name, s in machine.median_seconds(calls, rounds).items()}
     ours = micros["ours"]
+    packed = packed_bytes(n, k, dtype)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "M": m,
@@ -179,8 +196,8 @@ def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[s
         "other_peers": {name: t for name, t in micros.items() if name not in peers and name != "ours"},
         "ratio_best": min(micros[name] for name in peers) / ours,
         "gflops": 2 * m * n * k / ours / 1e3,
-        "gbps": first.numel() / ours / 1e3,
-        "byte_ratio": n * k * dtype.itemsize / first.numel(),
+        "gbps": packed / ours / 1e3,
+        "byte_ratio": n * k * dtype.itemsize / packed,
     }
 
 
