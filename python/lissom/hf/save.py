@@ -94,15 +94,7 @@ def save(
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        readme = target / CARD_NAME
-        text = render_card(
-            facts,
-            config.lissom,
-            format=format,
-            packed_modules=len(modules),
-            existing=readme.read_text(encoding="utf-8") if readme.is_file() else None,
-        )
-        (folder / CARD_NAME).write_text(text, encoding="utf-8")
+        _write_card(folder, facts, config, len(modules), old=target / CARD_NAME)
         files = tuple(sorted(entry.name for entry in folder.iterdir()))
         size = sum((folder / name).stat().st_size for name in files)
     return SaveReport(bytes=size, files=files, format=format, modules=tuple(modules))
@@ -118,6 +110,16 @@ def _check_model(model: object) -> None:
         raise ValueError(
             "lissom.save got a model with adapters in it: merge them first with lissom.hf.merge_lora"
         )
+
+
+def _write_card(
+    folder: Path, facts: CardFacts, config: PreTrainedConfig, packed_modules: int, *, old: Path
+) -> None:
+    """Keeps what others wrote into the README that is about to be replaced."""
+    existing = old.read_text(encoding="utf-8") if old.is_file() else None
+    form = config.lissom["format"]
+    text = render_card(facts, config.lissom, format=form, packed_modules=packed_modules, existing=existing)
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _modules_to_pack(model: nn.Module, format: str) -> list[str]:
