@@ -30,7 +30,8 @@ def median_seconds(calls: dict[str, Callable[[int], Any]], rounds: int) -> dict[
     """Median time of each call, interleaved A B C A B C so that drift of the machine meets all alike.
 
     Args:
-        calls: name -> function of the round's index (to rotate cold copies). rounds: counted rounds, after one warm-up.
+        calls: name -> function of the round's index (to rotate cold copies).
+        rounds: counted rounds, after one warm-up.
 
     >>> sorted(median_seconds({"a": lambda r: None, "b": lambda r: None}, 3))
     ['a', 'b']

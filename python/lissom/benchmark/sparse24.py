@@ -114,8 +114,8 @@ def tune(*, threads: int = 1) -> dict[str, Any]:
     """Times both fp32-math paths of this tier by M, for the table in csrc/core/cpu_isa.cpp.
 
     Returns:
-        `rows` [{dtype, M, permuted_us, lanes_us}] and `from` {dtype: least M from which `lanes` stays ahead, or
-        None}.
+        `rows` [{dtype, M, permuted_us, lanes_us}] and `from` {dtype: least M from which `lanes` stays
+        ahead, or None}.
     """
     from lissom import _C
 
