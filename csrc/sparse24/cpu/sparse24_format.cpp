@@ -65,6 +65,7 @@ BadQuad check_meta_rows(const uint8_t* meta, int64_t k, int64_t begin, int64_t e
 }
 
 void compress_rows(const void* w, const Canonical& out, bool keep_largest, int64_t begin, int64_t end) {
+  if (out.k == 0) return;  // an empty tensor has no address
   by_size(out.bytes, [&](auto zero) {
     using T = decltype(zero);
     const int64_t columns = meta_columns(out.k);
@@ -150,6 +151,7 @@ void pack_panels(const Canonical& in, DType dtype, uint8_t* records_out, int64_t
 }
 
 void unpack_panels(const uint8_t* records_in, DType dtype, const Canonical& out, int64_t begin, int64_t end) {
+  if (out.k == 0) return;
   by_size(out.bytes, [&](auto zero) {
     using T = decltype(zero);
     const int64_t quads = out.k / 4;

@@ -147,14 +147,13 @@ void check_target(const char* op, c10::string_view target) {
                     "\"");
 }
 
-Tensor pack(const Tensor& values_in, const Tensor& meta_in, c10::string_view target) {
-  check_target("sparse24_pack", target);
-  TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::sparse24_pack: values must be [N, K/2]; got ", shape_of(values_in));
+Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) {
+  TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::", op, ": values must be [N, K/2]; got ", shape_of(values_in));
   const int64_t n = values_in.size(0), k = values_in.size(1) * 2;
-  check_canonical("sparse24_pack", values_in, meta_in, k);
+  check_canonical(op, values_in, meta_in, k);
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
-  require_legal_meta("sparse24_pack", meta, k);
-  const DType t = element_type("sparse24_pack", values, "values");
+  require_legal_meta(op, meta, k);
+  const DType t = element_type(op, values, "values");
   Tensor packed = at::empty({packed_bytes(n, k, t)}, values.options().dtype(at::kByte));
   uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const PackedHeader header = {{'L', 'I', 'S', 'S', 'O', 'M', '2', '4'}, kPackedVersion, static_cast<int32_t>(t), n, k, {}};
@@ -162,6 +161,11 @@ Tensor pack(const Tensor& values_in, const Tensor& meta_in, c10::string_view tar
   const Canonical in = canonical(values, meta);
   parallel(panels(n), 1, [&](int64_t b, int64_t e) { pack_panels(in, t, out + sizeof header, b, e); });
   return packed;
+}
+
+Tensor pack(const Tensor& values, const Tensor& meta, c10::string_view target) {
+  check_target("sparse24_pack", target);
+  return pack_for("sparse24_pack", values, meta);
 }
 
 DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
@@ -307,7 +311,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const
 }
 
 Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta, const c10::optional<Tensor>& bias) {
-  const Tensor packed = pack(values, meta, "cpu-v1");
+  const Tensor packed = pack_for("sparse24_linear_values", values, meta);
   return linear(x, packed, values.size(0), values.size(1) * 2, bias, "none", c10::nullopt, c10::nullopt);
 }
 
