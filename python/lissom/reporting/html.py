@@ -76,7 +76,7 @@ def _model_name(report: Facts) -> str:
 
 
 def _top(report: Facts, name: str) -> Markup:
-    verdict = report.get("verdict") or judge(report)
+    verdict = judge(report)
     notes = [
         element("li", text, class_=kind)
         for kind, texts in (

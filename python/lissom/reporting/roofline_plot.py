@@ -59,7 +59,7 @@ def roofline(
         *_roof(axes, gbps, gflops),
         *_links(axes, points),
         *_marks(axes, points),
-        *_row_labels(axes, points, knees[0]),
+        *_row_labels(axes, points, knees[0], gflops),
         label("operations per byte moved (FLOP/byte)", "50%", _HEIGHT + 38, "axis", anchor="middle"),
         label("GFLOP/s, counted as dense", -8, -12, "axis", dx=-36),
     ]
@@ -124,16 +124,19 @@ def _marks(axes: _Axes, points: Sequence[Point]) -> list[Markup]:
     return shapes
 
 
-def _row_labels(axes: _Axes, points: Sequence[Point], knee: float) -> list[Markup]:
+def _row_labels(axes: _Axes, points: Sequence[Point], knee: float, top: float) -> list[Markup]:
     labels = []
     ours = [p for p in points if p.kernel == "2:4"]
     for rows in sorted({p.rows for p in ours}):
         best = max((p for p in ours if p.rows == rows), key=lambda p: p.gflops)
         x, y = axes.at(best.intensity, best.gflops)
+        ceiling = axes.at(best.intensity, 2 * top)[1]
         if best.intensity < knee:  # up and to the left of the memory line there is room
             labels.append(label(f"M={rows}", x, y - 4, "value", anchor="end", dx=-11))
         else:
-            labels.append(label(f"M={rows}", x, y - 10, "value", anchor="middle"))
+            labels.append(
+                label(f"M={rows}", x, y + (18 if y - ceiling < 26 else -10), "value", anchor="middle")
+            )
     return labels
 
 

@@ -274,8 +274,9 @@ def kernels_section(report: Facts) -> Markup | None:
     best = max((p for p in points if p.kernel == "2:4"), key=lambda p: p.share)
     intro = (
         f"The 2:4 linear and the fastest dense kernel ({dtype}, "
-        f"{thread_text(kernels['rows'][0].get('threads', 1))}), over what this machine was measured to do. "
-        "Fewer bytes move the discs to the right of their squares, along the memory line that is speed."
+        f"{thread_text(kernels['rows'][0].get('threads', 1))}), over what this machine was measured to do "
+        "with dense code. Fewer bytes move the discs to the right of their squares; along the memory line "
+        "that is speed."
     )
     told = (
         f"{len(points)} timed kernels; the 2:4 kernel reaches up to {best.share:.0%} of the attainable speed."
