@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import itertools
 import logging
-import warnings
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import lissom
+from lissom.hf import lora
 from lissom.hf.lora import merge_lora
 from lissom.hf.quantizer import packed_modules
 from lissom.hf.save import save
+from lissom.nn import Sparse24Linear
 
 peft = pytest.importorskip("peft", reason="peft is not installed (extra `train`)")
 
@@ -68,32 +73,39 @@ def test_adapter_gradients_match_the_dense_model(packed_folder, tokens):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_merge_adds_on_the_support_and_drops_the_rest(adapted, caplog, logits, tmp_path):
-    before, delta = {}, {}
-    for name, layer in adapted.get_base_model().named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            base = layer.get_base_layer()
-            before[name] = (
-                base.dense_weight() if hasattr(base, "dense_weight") else base.weight.detach().clone()
-            )
-            delta[name] = layer.get_delta_weight("default").detach()
+@pytest.fixture
+def first_merge(monkeypatch):
+    monkeypatch.setattr(lora, "_merges", itertools.count())
+
+
+def weight_of(module):
+    return module.dense_weight() if isinstance(module, Sparse24Linear) else module.weight.detach().clone()
+
+
+def tuned_layers(model):
+    layers = model.get_base_model().named_modules()
+    return {name: layer for name, layer in layers if hasattr(layer, "get_delta_weight")}
+
+
+@pytest.mark.parametrize("merge", [merge_lora, lambda model: model.merge_and_unload(safe_merge=True)])
+def test_merge_adds_on_the_support_and_drops_the_rest(merge, adapted, first_merge, caplog, logits, tmp_path):
+    before = {name: weight_of(layer.get_base_layer()) for name, layer in tuned_layers(adapted).items()}
+    delta = {
+        name: layer.get_delta_weight("default").detach() for name, layer in tuned_layers(adapted).items()
+    }
     assert len(before) == 7
-    with caplog.at_level(logging.WARNING, logger="lissom"), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        merged = merge_lora(adapted)
+    with caplog.at_level(logging.INFO, logger="lissom"):
+        merged = merge(adapted)
     packed = packed_modules(merged)
     assert len(packed) == 14
-    all_, lost = 0.0, 0.0
     for name, old in before.items():
-        module = merged.get_submodule(name)
-        if name in packed:
-            wanted = torch.where(old != 0, old + delta[name], 0)
-            all_, lost = all_ + delta[name].norm() ** 2, lost + delta[name][old == 0].norm() ** 2
-            torch.testing.assert_close(module.dense_weight(), wanted)
-        else:
-            torch.testing.assert_close(module.weight, old + delta[name])
-    assert len(caplog.records) == 1
-    assert f"dropped {100 * (lost / all_) ** 0.5:.0f} %" in caplog.text
+        support = old != 0 if name in packed else torch.ones_like(old, dtype=torch.bool)
+        wanted = torch.where(support, old + delta[name], 0)
+        torch.testing.assert_close(weight_of(merged.get_submodule(name)), wanted)
+    first = next(name for name in before if name in packed)
+    share = delta[first][before[first] == 0].norm() / delta[first].norm()
+    assert f"dropped {100 * share:.0f} %" in caplog.records[0].message
+    assert [record.levelname for record in caplog.records] == ["WARNING"] + ["INFO"] * 5
     save(merged, tmp_path / "merged")
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged)
@@ -117,6 +129,73 @@ def test_merge_of_two_adapters_with_bias(loaded):
     torch.testing.assert_close(merged.bias, bias + shift)
 
 
+def test_unmerge_restores_the_very_weights(adapted, logits):
+    layers = tuned_layers(adapted).values()
+    packed = [layer for layer in layers if isinstance(layer.get_base_layer(), Sparse24Linear)]
+    bases = [layer.get_base_layer() for layer in packed]
+    keys, wanted = set(adapted.state_dict()), logits(adapted)
+    adapted.merge_adapter()
+    assert set(adapted.state_dict()) == keys
+    merged = logits(adapted)
+    assert (merged - wanted).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        pass
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(logits(adapted), wanted)
+    for layer, base in zip(packed, bases, strict=True):
+        assert layer.get_base_layer() is base
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(adapted), merged)
+
+
+def test_disabling_a_merged_adapter_gives_the_base_model(adapted, packed_folder, logits):
+    adapted.merge_adapter()
+    with adapted.disable_adapter():
+        got = logits(adapted)
+    torch.testing.assert_close(got, logits(AutoModelForCausalLM.from_pretrained(packed_folder)))
+
+
+def test_saved_adapter_is_loaded_and_merged(adapted, packed_folder, logits, tmp_path):
+    wanted = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(packed_folder)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), wanted)
+    torch.testing.assert_close(logits(again.merge_and_unload()), logits(adapted.merge_and_unload()))
+
+
+def test_adapted_model_survives_deepcopy_and_pickling(adapted, logits):
+    stream = io.BytesIO()
+    torch.save(adapted, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(adapted), torch.load(stream, weights_only=False)]
+    wanted = logits(adapted.merge_and_unload())
+    for twin in copies:
+        torch.testing.assert_close(logits(twin.merge_and_unload()), wanted)
+
+
+def test_merges_what_was_wrapped_before_the_hook(llama, monkeypatch):
+    """As in a program that imports only lissom.nn before peft."""
+    model = llama()
+    lissom.sparsify(model)
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    monkeypatch.setattr(torch.nn.modules.module, "_global_module_registration_hooks", type(hooks)())
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert "merge" not in layer.__dict__
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    old, delta = layer.get_base_layer().dense_weight(), layer.get_delta_weight("default").detach()
+    merged = merge_lora(model).model.layers[0].mlp.up_proj
+    torch.testing.assert_close(merged.dense_weight(), torch.where(old != 0, old + delta, 0))
+
+
+def test_broken_adapter_is_refused_by_safe_merge(adapted):
+    layer = adapted.get_base_model().model.layers[0].mlp.up_proj
+    layer.lora_B["default"].weight.data[:] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        adapted.merge_and_unload(safe_merge=True)
+
+
 def test_refusals(loaded, adapted):
     with pytest.raises(TypeError, match=r"needs a peft\.PeftModel, got Linear"):
         merge_lora(torch.nn.Linear(4, 4))
@@ -126,18 +205,27 @@ def test_refusals(loaded, adapted):
         save(adapted.get_base_model(), "nowhere")
 
 
-def test_variants_are_refused_before_anything_is_merged(loaded):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1])
-    model = peft.get_peft_model(loaded, config)
-    before = model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().dense_weight()
-    with pytest.raises(ValueError, match="merges plain LoRA only"):
-        merge_lora(model)
-    after = model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().dense_weight()
-    assert torch.equal(before, after)
+VARIANTS = {
+    "aLoRA": (
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1]),
+        "plain LoRA",
+    ),
+    "IA3": (
+        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        "ia3.Linear adapter cannot be merged",
+    ),
+    "LoHa": (lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]), "loha.Linear adapter cannot be merged"),
+}
 
 
-def test_pefts_own_merge_fails_and_changes_nothing(adapted, logits):
-    wanted = logits(adapted)
-    with pytest.raises(RuntimeError):
-        adapted.merge_adapter()
-    torch.testing.assert_close(logits(adapted), wanted)
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize("merge", [merge_lora, lambda model: model.merge_and_unload()])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_adapters_are_refused(variant, merge, loaded):
+    config, message = VARIANTS[variant]
+    model = peft.get_peft_model(loaded, config())
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    before = layer.get_base_layer().dense_weight()
+    with pytest.raises(ValueError, match=message):
+        merge(model)
+    assert torch.equal(before, layer.get_base_layer().dense_weight())

@@ -17,6 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lissom.hf import lora
 from lissom.hf.checkpoint import (
     FORMAT_VERSION,
     META_LAYOUT,
@@ -182,7 +183,8 @@ def dense_twin(
 
 
 def register() -> None:
-    """Makes transformers read packed folders from now on, whatever LISSOM_AUTOLOAD says. Idempotent."""
+    """Makes transformers read packed folders, whatever LISSOM_AUTOLOAD says, and peft merge into them."""
+    lora.install()
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Sparse24Config
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = Sparse24Quantizer
 
