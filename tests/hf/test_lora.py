@@ -124,6 +124,10 @@ def test_merge_of_two_adapters_with_bias(loaded):
     old, bias = base.dense_weight(), base.bias.detach().clone()
     delta = sum(layer.get_delta_weight(name).detach() for name in ("default", "second"))
     shift = sum(layer.lora_B[name].bias.detach() * layer.scaling[name] for name in ("default", "second"))
+    model.merge_adapter(["default"])
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    assert layer.get_base_layer() is base, "unmerging must go back behind both merges"
     merged = merge_lora(model, adapter_names=["default", "second"]).model.layers[0].self_attn.q_proj
     torch.testing.assert_close(merged.dense_weight(), torch.where(old != 0, old + delta, 0))
     torch.testing.assert_close(merged.bias, bias + shift)
