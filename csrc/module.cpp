@@ -53,10 +53,11 @@ py::dict cpu_info() {
 void choose_isa(const std::string& name) {
   CpuIsa isa;
   if (!isa_from_name(name.c_str(), &isa))
-    throw py::value_error("lissom.set_cpu_isa: wanted one of portable, avx2, avx512, avx512x, amx; got '" + name + "'");
+    throw py::value_error("lissom.set_cpu_isa: wanted one of portable, avx2, avx512, avx512x, amx; got '" +
+                          name + "'");
   if (!set_cpu_isa(isa))
-    throw py::value_error("lissom.set_cpu_isa: this CPU has tiers up to '" + std::string(isa_name(detected_isa())) +
-                          "'; got '" + name + "'");
+    throw py::value_error("lissom.set_cpu_isa: this CPU has tiers up to '" +
+                          std::string(isa_name(detected_isa())) + "'; got '" + name + "'");
 }
 
 DType type_from_name(const std::string& name) {
@@ -72,7 +73,8 @@ std::string path_name(const std::string& dtype, int64_t m) {
 
 // For tests and `--tune` only: every path must be right on every core, not just the one that the table picks.
 void force_path(const std::string& name) {
-  if (!sparse24::force_path(name.c_str())) throw py::value_error("lissom._C.force_path: no path is called '" + name + "'");
+  if (!sparse24::force_path(name.c_str()))
+    throw py::value_error("lissom._C.force_path: no path is called '" + name + "'");
 }
 
 }  // namespace

@@ -15,11 +15,13 @@ TORCH_LIBRARY(lissom, m) {
   // Kernel layout of a target ("cpu-v1"), uint8 [bytes]; validates the metadata.
   m.def("sparse24_pack(Tensor values, Tensor meta, str target=\"cpu-v1\") -> Tensor");
   // Inverse of pack. dtype may be left out where the header can be read (not while tracing).
-  m.def("sparse24_unpack(Tensor packed, SymInt N, SymInt K, str target=\"cpu-v1\", *, ScalarType? dtype=None)"
-        " -> (Tensor values, Tensor meta)");
+  m.def(
+      "sparse24_unpack(Tensor packed, SymInt N, SymInt K, str target=\"cpu-v1\", *, ScalarType? dtype=None)"
+      " -> (Tensor values, Tensor meta)");
   // The GEMM. x [..., K] -> y [..., N] in x's type, or float32 by out_dtype.
-  m.def("sparse24_linear(Tensor x, Tensor packed, SymInt N, SymInt K, Tensor? bias=None, str act=\"none\","
-        " Tensor? residual=None, *, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "sparse24_linear(Tensor x, Tensor packed, SymInt N, SymInt K, Tensor? bias=None, str act=\"none\","
+      " Tensor? residual=None, *, ScalarType? out_dtype=None) -> Tensor");
   // The same from the canonical form, for training: differentiable in values.
   m.def("sparse24_linear_values(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor");
   // dx [..., K] = dy [..., N] W: dense speed, blocks of W at a time.

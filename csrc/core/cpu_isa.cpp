@@ -104,8 +104,9 @@ CpuIsa initial_isa() {
   if (cap == nullptr || *cap == '\0') return cpu().isa;
   CpuIsa wanted;
   if (!isa_from_name(cap, &wanted)) {
-    std::fprintf(stderr, "lissom: LISSOM_CPU_ISA=%s is not one of portable, avx2, avx512, avx512x, amx; using %s\n", cap,
-                 isa_name(cpu().isa));
+    std::fprintf(stderr,
+                 "lissom: LISSOM_CPU_ISA=%s is not one of portable, avx2, avx512, avx512x, amx; using %s\n",
+                 cap, isa_name(cpu().isa));
     return cpu().isa;
   }
   return wanted < cpu().isa ? wanted : cpu().isa;

@@ -19,8 +19,8 @@ constexpr int kCpuIsaCount = 5;
 const char* isa_name(CpuIsa isa);
 bool isa_from_name(const char* name, CpuIsa* isa);
 
-CpuIsa detected_isa();       // best tier of this CPU and operating system
-CpuIsa cpu_isa();            // tier in use: detected, capped by LISSOM_CPU_ISA, or what set_cpu_isa chose
+CpuIsa detected_isa();         // best tier of this CPU and operating system
+CpuIsa cpu_isa();              // tier in use: detected, capped by LISSOM_CPU_ISA, or what set_cpu_isa chose
 bool set_cpu_isa(CpuIsa isa);  // false if this CPU lacks the tier
 
 // Which kernel wins depends on the ports of the core, not on its instruction set. One row a kind of core: the number of

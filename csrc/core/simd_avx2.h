@@ -77,7 +77,9 @@ LISSOM_INLINE __m256 widen_low_f16(__m256i a) {
 }
 LISSOM_INLINE vf vf_low_f16(vu a) { return {widen_low_f16(a.lo), widen_low_f16(a.hi)}; }
 LISSOM_INLINE vf vf_high_f16(vu a) { return vf_low_f16(vu_shr(a, 16)); }
-LISSOM_INLINE __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+LISSOM_INLINE __m128i load_half(const uint16_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
 LISSOM_INLINE vf vf_load_bf16(const uint16_t* p) {
   return vf_bits(vu_shl({_mm256_cvtepu16_epi32(load_half(p)), _mm256_cvtepu16_epi32(load_half(p + 8))}, 16));
 }

@@ -48,7 +48,8 @@ LISSOM_INLINE vf vf_high_bf16(vu a) { return vf_bits(_mm512_and_si512(a, _mm512_
 LISSOM_INLINE vf vf_low_f16(vu a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 LISSOM_INLINE vf vf_high_f16(vu a) { return vf_low_f16(_mm512_srli_epi32(a, 16)); }
 LISSOM_INLINE vf vf_load_bf16(const uint16_t* p) {
-  return vf_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  return vf_bits(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
 LISSOM_INLINE vf vf_load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

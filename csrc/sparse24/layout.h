@@ -34,7 +34,9 @@ constexpr uint32_t kFillerNibble = 0xE;
 
 // (0,1) (0,2) (1,2) (0,3) (1,3) (2,3)
 constexpr uint32_t kLegalNibbles = 1u << 0x4 | 1u << 0x8 | 1u << 0x9 | 1u << 0xC | 1u << 0xD | 1u << 0xE;
-LISSOM_HOST_DEVICE constexpr bool legal_nibble(uint32_t nibble) { return (kLegalNibbles >> (nibble & 15u)) & 1u; }
+LISSOM_HOST_DEVICE constexpr bool legal_nibble(uint32_t nibble) {
+  return (kLegalNibbles >> (nibble & 15u)) & 1u;
+}
 
 // Nibble that stores a quad in which the positions of `nonzero` (4 bits, at most two set) hold values. The filler
 // positions are the largest free ones that keep p0 < p1, so that the canonical form of a matrix is unique.

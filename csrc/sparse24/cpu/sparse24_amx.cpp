@@ -16,12 +16,13 @@ constexpr int64_t kTokens = 16;  // rows of a tile
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileFloats = 256;
 constexpr int64_t kBytes = record_bytes(DType::bf16);
-constexpr int64_t kPrefetchAhead = 4096;
-constexpr int64_t kMostTiles = 3;             // token tiles whose sums, with two panels, fit the tile registers
-constexpr int64_t kBlockBytes = 1024 * 1024;  // what a block keeps in L2: half of it
-constexpr int64_t kStripBytes = 64 * 1024;       // expanded pair of panels
-constexpr int64_t kRing = 4;  // expanded records in flight
-constexpr int64_t kLead = 3;  // records between expansion and product
+constexpr int64_t kPrefetchAhead = 12288;
+constexpr int64_t kMostTiles = 3;  // token tiles whose sums, with two panels, fit the tile registers
+constexpr int64_t kTokenBlockBytes = 1024 * 1024;  // packed x of a block of tokens, kept in L2
+constexpr int64_t kPanelBlockBytes = 768 * 1024;   // packed W of a block of panels, kept in L2
+constexpr int64_t kStripBytes = 64 * 1024;         // expanded pair of panels
+constexpr int64_t kRing = 4;                       // expanded records in flight
+constexpr int64_t kLead = 3;                       // records between expansion and product
 
 int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
 
@@ -48,7 +49,9 @@ bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
       const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.ldx;
       for (int64_t j = 0; j < count; ++j) {
         const int64_t left = m < p.m ? p.k - j * kRecordColumns : 0;
-        const __mmask32 valid = left >= 32 ? ~__mmask32{0} : left <= 0 ? __mmask32{0} : (__mmask32{1} << left) - 1;
+        const __mmask32 valid = left >= 32  ? ~__mmask32{0}
+                                : left <= 0 ? __mmask32{0}
+                                            : (__mmask32{1} << left) - 1;
         const __m512i v = _mm512_maskz_loadu_epi16(valid, x + j * kRecordColumns);
         _mm512_store_si512(out + j * kTileBytes + r * 64, v);
         non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(v, exponent), exponent);
@@ -99,8 +102,7 @@ struct Expander {
   __m512i low, high, lane;
 };
 LISSOM_INLINE Expander make_expander() {
-  return {control_table(0), control_table(1),
-          _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)};
+  return {control_table(0), control_table(1), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)};
 }
 LISSOM_INLINE void expand(const Expander& e, const uint8_t* record, char* tile) {
   const __m512i meta = vu_load(record);
@@ -219,38 +221,47 @@ void group_times_pair(const Job& job, int64_t t, int64_t tiles, int64_t a, int64
     product_of<1>(tiles, p, x, w, t * kTokens, a * kPanelRows);
 }
 
-// K short: a pair of panels, expanded once, meets all token tiles of a block, whose packed x stays in L2.
-void run_short(const Job& job, int64_t panel_begin, int64_t panel_end) {
-  const int64_t tiles = token_tiles(job.p.m), x_tile = records(job.p.k) * kTileBytes;
-  const int64_t fit = x_tile ? kBlockBytes / x_tile / kMostTiles * kMostTiles : tiles;
-  const Tiling groups = equal_tiles(tiles, kMostTiles);
-  const int64_t block = groups.rows * (fit / kMostTiles > 1 ? fit / kMostTiles : 1);
+int64_t tokens_block(const Linear& p) {  // token tiles, whole groups
+  const int64_t rows = equal_tiles(token_tiles(p.m), kMostTiles).rows;
+  const int64_t fit = kTokenBlockBytes / (rows * (records(p.k) + 1) * kTileBytes);
+  return rows * (fit < 1 ? 1 : fit);
+}
+
+// A block of tokens, its packed x in L2, meets panel after panel: W passes by once a block. Where K is short a pair of
+// panels is expanded once for the block.
+void run_token_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
+  const int64_t tiles = token_tiles(job.p.m), block = tokens_block(job.p),
+                rows = equal_tiles(tiles, kMostTiles).rows;
+  const bool kept = slots(job.p) >= records(job.p.k);
   for (int64_t t0 = 0; t0 < tiles; t0 += block) {
     const int64_t t1 = t0 + block < tiles ? t0 + block : tiles;
     for (int64_t a = panel_begin; a < panel_end; a += 2)
-      for (int64_t t = t0; t < t1; t += groups.rows)
-        group_times_pair(job, t, t1 - t < groups.rows ? t1 - t : groups.rows, a, panel_end, t > t0);
+      for (int64_t t = t0; t < t1; t += rows)
+        group_times_pair(job, t, t1 - t < rows ? t1 - t : rows, a, panel_end, kept && t > t0);
   }
 }
 
-// K long: a block of panels comes from memory once and stays in L2 while every group of token tiles passes by.
-void run_long(const Job& job, int64_t panel_begin, int64_t panel_end) {
-  const int64_t tiles = token_tiles(job.p.m);
-  const Tiling groups = equal_tiles(tiles, kMostTiles);
-  const int64_t fit = kBlockBytes / panel_bytes(job.p.k, DType::bf16) / 2 * 2;
+// A block of panels comes from memory once and stays in L2 while every group of token tiles passes by.
+void run_panel_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
+  const int64_t tiles = token_tiles(job.p.m), rows = equal_tiles(tiles, kMostTiles).rows;
+  const int64_t fit = kPanelBlockBytes / panel_bytes(job.p.k, DType::bf16) / 2 * 2;
   const int64_t block = fit < 2 ? 2 : fit;
   for (int64_t a0 = panel_begin; a0 < panel_end; a0 += block) {
     const int64_t a1 = a0 + block < panel_end ? a0 + block : panel_end;
-    for (int64_t t = 0; t < tiles; t += groups.rows)
+    for (int64_t t = 0; t < tiles; t += rows)
       for (int64_t a = a0; a < a1; a += 2)
-        group_times_pair(job, t, tiles - t < groups.rows ? tiles - t : groups.rows, a, panel_end, false);
+        group_times_pair(job, t, tiles - t < rows ? tiles - t : rows, a, panel_end, false);
   }
 }
 
 void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
   const Job job = {p, static_cast<const char*>(packed_x), static_cast<char*>(scratch)};
   configure(p.m < kTokens ? p.m : kTokens);
-  slots(p) >= records(p.k) ? run_short(job, panel_begin, panel_end) : run_long(job, panel_begin, panel_end);
+  // W comes from memory, x from the cache: beyond two passes of W, passes of x are the cheaper ones.
+  const bool few_blocks = token_tiles(p.m) <= 2 * tokens_block(p);
+  const bool kept = slots(p) >= records(p.k);
+  few_blocks || kept ? run_token_blocks(job, panel_begin, panel_end)
+                     : run_panel_blocks(job, panel_begin, panel_end);
   _tile_release();
 }
 

@@ -7,11 +7,11 @@ namespace {
 
 using namespace simd_avx2;
 
-constexpr int64_t kTileRows = 4;      // permuted: tokens held in registers
-constexpr int64_t kPanelPair = 1;     // permuted: panels held in registers
-constexpr int kLaneSums = 4;          // lanes: vectors of sums held in registers
-constexpr int kLaneVectors = 6;       // lanes: vectors of tokens in a tile
-constexpr int64_t kTokenBlock = 128;  // permuted: tokens whose packed x stays in L2
+constexpr int64_t kTileRows = 4;          // permuted: tokens held in registers
+constexpr int64_t kPanelPair = 1;         // permuted: panels held in registers
+constexpr int kLaneSums = 4;              // lanes: vectors of sums held in registers
+constexpr int kLaneVectors = 6;           // lanes: vectors of tokens in a tile
+constexpr int64_t kTokenBlock = 128;      // permuted: tokens whose packed x stays in L2
 constexpr int64_t kPrefetchAhead = 2048;  // bytes
 
 #include "sparse24/cpu/sparse24_epilogue.inc"

@@ -7,11 +7,11 @@ namespace {
 
 using namespace simd_avx512;
 
-constexpr int64_t kTileRows = 8;      // permuted: tokens held in registers
-constexpr int64_t kPanelPair = 2;     // permuted: panels held in registers
-constexpr int kLaneSums = 8;          // lanes: vectors of sums held in registers
-constexpr int kLaneVectors = 16;      // lanes: vectors of tokens in a tile
-constexpr int64_t kTokenBlock = 128;  // permuted: tokens whose packed x stays in L2
+constexpr int64_t kTileRows = 8;          // permuted: tokens held in registers
+constexpr int64_t kPanelPair = 2;         // permuted: panels held in registers
+constexpr int kLaneSums = 8;              // lanes: vectors of sums held in registers
+constexpr int kLaneVectors = 16;          // lanes: vectors of tokens in a tile
+constexpr int64_t kTokenBlock = 128;      // permuted: tokens whose packed x stays in L2
 constexpr int64_t kPrefetchAhead = 2048;  // bytes
 
 #include "sparse24/cpu/sparse24_epilogue.inc"

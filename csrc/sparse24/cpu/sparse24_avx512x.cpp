@@ -71,7 +71,8 @@ void tile(const Linear& p, const uint64_t* x, const uint8_t* panel, int64_t m0, 
         const __m512i control = _mm512_permutexvar_epi32(vu_shr(meta[a], 4 * q), table);
         for (int r = 0; r < R; ++r) {
           const __m512i four = _mm512_set1_epi64(static_cast<long long>(x[r]));
-          acc[a][r] = _mm512_dpbf16_ps(acc[a][r], w, reinterpret_cast<__m512bh>(_mm512_shuffle_epi8(four, control)));
+          acc[a][r] =
+              _mm512_dpbf16_ps(acc[a][r], w, reinterpret_cast<__m512bh>(_mm512_shuffle_epi8(four, control)));
         }
       }
     }

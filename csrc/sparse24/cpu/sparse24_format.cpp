@@ -35,7 +35,9 @@ uint32_t largest_two(const T* quad) {
   return 1u << first | 1u << second;
 }
 
-uint32_t nibble_at(const uint8_t* meta_row, int64_t quad) { return (meta_row[quad / 2] >> (4 * (quad % 2))) & 15u; }
+uint32_t nibble_at(const uint8_t* meta_row, int64_t quad) {
+  return (meta_row[quad / 2] >> (4 * (quad % 2))) & 15u;
+}
 
 }  // namespace
 
@@ -141,7 +143,8 @@ void pack_panels(const Canonical& in, DType dtype, uint8_t* records_out, int64_t
             word |= nibble << (4 * i);
             if (!inside) continue;
             const T* pair = static_cast<const T*>(in.values) + n * (in.k / 2) + 2 * q;
-            for (int64_t s = 0; s < 2; ++s) memcpy(record + value_offset(r, i, s, dtype), pair + s, sizeof(T));
+            for (int64_t s = 0; s < 2; ++s)
+              memcpy(record + value_offset(r, i, s, dtype), pair + s, sizeof(T));
           }
           memcpy(record + 4 * r, &word, 4);
         }

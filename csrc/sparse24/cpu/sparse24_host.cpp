@@ -33,7 +33,8 @@ DType element_type(const char* op, const Tensor& t, const char* name) {
     case at::kHalf: return DType::f16;
     default: break;
   }
-  TORCH_CHECK_TYPE(false, "lissom::", op, ": ", name, " must be float32, bfloat16 or float16; got ", t.scalar_type());
+  TORCH_CHECK_TYPE(false, "lissom::", op, ": ", name, " must be float32, bfloat16 or float16; got ",
+                   t.scalar_type());
 }
 
 at::ScalarType scalar_type(DType t) {
@@ -41,17 +42,19 @@ at::ScalarType scalar_type(DType t) {
 }
 
 Canonical canonical(const Tensor& values, const Tensor& meta) {
-  return {values.size(0), values.size(1) * 2, values.mutable_data_ptr(), static_cast<uint8_t*>(meta.mutable_data_ptr()),
-          static_cast<int64_t>(values.element_size())};
+  return {values.size(0), values.size(1) * 2, values.mutable_data_ptr(),
+          static_cast<uint8_t*>(meta.mutable_data_ptr()), static_cast<int64_t>(values.element_size())};
 }
 
 void check_canonical(const char* op, const Tensor& values, const Tensor& meta, int64_t k) {
   element_type(op, values, "values");
-  TORCH_CHECK_TYPE(meta.scalar_type() == at::kByte, "lissom::", op, ": meta must be uint8; got ", meta.scalar_type());
+  TORCH_CHECK_TYPE(meta.scalar_type() == at::kByte, "lissom::", op, ": meta must be uint8; got ",
+                   meta.scalar_type());
   TORCH_CHECK_VALUE(values.dim() == 2 && k >= 0 && k % 4 == 0 && values.size(1) * 2 == k, "lissom::", op,
                     ": values must be [N, K/2] with K a multiple of 4; got ", shape_of(values), " and K=", k);
-  TORCH_CHECK_VALUE(meta.dim() == 2 && meta.size(0) == values.size(0) && meta.size(1) == meta_columns(k), "lissom::", op,
-                    ": meta must be [N=", values.size(0), ", ceil(K/8)=", meta_columns(k), "]; got ", shape_of(meta));
+  TORCH_CHECK_VALUE(meta.dim() == 2 && meta.size(0) == values.size(0) && meta.size(1) == meta_columns(k),
+                    "lissom::", op, ": meta must be [N=", values.size(0), ", ceil(K/8)=", meta_columns(k),
+                    "]; got ", shape_of(meta));
 }
 
 // Least bad quad over all rows, by blocks in parallel.
@@ -70,13 +73,15 @@ BadQuad first_bad(int64_t rows, const F& find) {
 
 BadQuad first_bad_meta(const Tensor& meta, int64_t k) {
   const uint8_t* p = static_cast<const uint8_t*>(meta.const_data_ptr());
-  return first_bad(meta.size(0), [&](int64_t begin, int64_t end) { return check_meta_rows(p, k, begin, end); });
+  return first_bad(meta.size(0),
+                   [&](int64_t begin, int64_t end) { return check_meta_rows(p, k, begin, end); });
 }
 
 void require_legal_meta(const char* op, const Tensor& meta, int64_t k) {
   const BadQuad bad = first_bad_meta(meta, k);
-  TORCH_CHECK_VALUE(bad.row < 0, "lissom::", op, ": corrupt metadata: row ", bad.row, ", quad ", bad.quad, " holds nibble 0x",
-                    "0123456789ABCDEF"[bad.found & 15], "; wanted one of 0x4 0x8 0x9 0xC 0xD 0xE (and 0x0 behind the last quad)");
+  TORCH_CHECK_VALUE(bad.row < 0, "lissom::", op, ": corrupt metadata: row ", bad.row, ", quad ", bad.quad,
+                    " holds nibble 0x", "0123456789ABCDEF"[bad.found & 15],
+                    "; wanted one of 0x4 0x8 0x9 0xC 0xD 0xE (and 0x0 behind the last quad)");
 }
 
 Tensor verdict(const BadQuad& bad) {
@@ -101,20 +106,21 @@ BadQuad first_bad_dense(const Tensor& w) {
 std::tuple<Tensor, Tensor> compress(const Tensor& w_in, c10::string_view pattern) {
   check_dense("sparse24_compress", w_in);
   const bool keep_largest = pattern == "magnitude";
-  LISSOM_CHECK_VALUE("sparse24_compress", keep_largest || pattern == "auto", "pattern must be \"auto\" or \"magnitude\"; got \"",
-                     pattern, "\"");
+  LISSOM_CHECK_VALUE("sparse24_compress", keep_largest || pattern == "auto",
+                     "pattern must be \"auto\" or \"magnitude\"; got \"", pattern, "\"");
   const Tensor w = w_in.contiguous();
   const int64_t n = w.size(0), k = w.size(1);
   if (!keep_largest) {
     const BadQuad bad = first_bad_dense(w);
-    LISSOM_CHECK_VALUE("sparse24_compress", bad.row < 0, "w is not 2:4 sparse: row ", bad.row, ", quad ", bad.quad, " (columns ",
-                       4 * bad.quad, "..", 4 * bad.quad + 3, ") has ", bad.found,
+    LISSOM_CHECK_VALUE("sparse24_compress", bad.row < 0, "w is not 2:4 sparse: row ", bad.row, ", quad ",
+                       bad.quad, " (columns ", 4 * bad.quad, "..", 4 * bad.quad + 3, ") has ", bad.found,
                        " non-zeros, at most 2 are allowed; prune it first or pass pattern=\"magnitude\"");
   }
   Tensor values = at::empty({n, k / 2}, w.options());
   Tensor meta = at::empty({n, meta_columns(k)}, w.options().dtype(at::kByte));
   const Canonical out = canonical(values, meta);
-  parallel(n, kRowGrain, [&](int64_t b, int64_t e) { compress_rows(w.const_data_ptr(), out, keep_largest, b, e); });
+  parallel(n, kRowGrain,
+           [&](int64_t b, int64_t e) { compress_rows(w.const_data_ptr(), out, keep_largest, b, e); });
   return {values, meta};
 }
 
@@ -134,21 +140,24 @@ Tensor check(const Tensor& w) {
 }
 
 Tensor check_meta(const Tensor& meta, int64_t k) {
-  LISSOM_CHECK_TYPE("sparse24_check_meta", meta.scalar_type() == at::kByte, "meta must be uint8; got ", meta.scalar_type());
-  LISSOM_CHECK_VALUE("sparse24_check_meta", k >= 0 && k % 4 == 0 && meta.dim() == 2 && meta.size(1) == meta_columns(k),
-                     "meta must be [N, ceil(K/8)] with K a multiple of 4; got ", shape_of(meta), " and K=", k);
+  LISSOM_CHECK_TYPE("sparse24_check_meta", meta.scalar_type() == at::kByte, "meta must be uint8; got ",
+                    meta.scalar_type());
+  LISSOM_CHECK_VALUE(
+      "sparse24_check_meta", k >= 0 && k % 4 == 0 && meta.dim() == 2 && meta.size(1) == meta_columns(k),
+      "meta must be [N, ceil(K/8)] with K a multiple of 4; got ", shape_of(meta), " and K=", k);
   return verdict(first_bad_meta(meta.contiguous(), k));
 }
 
 // --- packed -------------------------------------------------------------------------------------------------------------
 
 void check_target(const char* op, c10::string_view target) {
-  TORCH_CHECK_VALUE(target == "cpu-v1", "lissom::", op, ": target must be \"cpu-v1\" (the only one in this build); got \"", target,
-                    "\"");
+  TORCH_CHECK_VALUE(target == "cpu-v1", "lissom::", op,
+                    ": target must be \"cpu-v1\" (the only one in this build); got \"", target, "\"");
 }
 
 Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) {
-  TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::", op, ": values must be [N, K/2]; got ", shape_of(values_in));
+  TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::", op, ": values must be [N, K/2]; got ",
+                    shape_of(values_in));
   const int64_t n = values_in.size(0), k = values_in.size(1) * 2;
   check_canonical(op, values_in, meta_in, k);
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
@@ -156,7 +165,8 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) 
   const DType t = element_type(op, values, "values");
   Tensor packed = at::empty({packed_bytes(n, k, t)}, values.options().dtype(at::kByte));
   uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  const PackedHeader header = {{'L', 'I', 'S', 'S', 'O', 'M', '2', '4'}, kPackedVersion, static_cast<int32_t>(t), n, k, {}};
+  const PackedHeader header = {
+      {'L', 'I', 'S', 'S', 'O', 'M', '2', '4'}, kPackedVersion, static_cast<int32_t>(t), n, k, {}};
   memcpy(out, &header, sizeof header);
   const Canonical in = canonical(values, meta);
   parallel(panels(n), 1, [&](int64_t b, int64_t e) { pack_panels(in, t, out + sizeof header, b, e); });
@@ -171,18 +181,21 @@ Tensor pack(const Tensor& values, const Tensor& meta, c10::string_view target) {
 DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
   TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous() &&
                   packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
-              "lissom::", op, ": packed must be the contiguous uint8 vector that sparse24_pack returned; got ", packed.scalar_type(),
-              " ", shape_of(packed));
+              "lissom::", op,
+              ": packed must be the contiguous uint8 vector that sparse24_pack returned; got ",
+              packed.scalar_type(), " ", shape_of(packed));
   PackedHeader h;
   memcpy(&h, packed.const_data_ptr(), sizeof h);
-  TORCH_CHECK(!memcmp(h.magic, "LISSOM24", 8) && h.version == kPackedVersion && h.dtype >= 0 && h.dtype <= 2, "lissom::", op,
-              ": packed has no cpu-v1 header of version ", kPackedVersion, "; pack the weight again with sparse24_pack");
-  TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k, "; got N=", n, ", K=", k);
+  TORCH_CHECK(!memcmp(h.magic, "LISSOM24", 8) && h.version == kPackedVersion && h.dtype >= 0 && h.dtype <= 2,
+              "lissom::", op, ": packed has no cpu-v1 header of version ", kPackedVersion,
+              "; pack the weight again with sparse24_pack");
+  TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k,
+              "; got N=", n, ", K=", k);
   const DType t = static_cast<DType>(h.dtype);
   TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
               ": packed is damaged: its header says N=", n, ", K=", k);
-  TORCH_CHECK(packed.numel() == packed_bytes(n, k, t), "lissom::", op,
-              ": packed is damaged: N=", n, ", K=", k, " need ", packed_bytes(n, k, t), " bytes; got ", packed.numel());
+  TORCH_CHECK(packed.numel() == packed_bytes(n, k, t), "lissom::", op, ": packed is damaged: N=", n,
+              ", K=", k, " need ", packed_bytes(n, k, t), " bytes; got ", packed.numel());
   return t;
 }
 
@@ -194,7 +207,8 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t n, int64_t k, c1
                                   c10::optional<at::ScalarType> dtype) {
   check_target("sparse24_unpack", target);
   const DType t = check_packed("sparse24_unpack", packed, n, k);
-  LISSOM_CHECK_TYPE("sparse24_unpack", !dtype || *dtype == scalar_type(t), "packed holds ", scalar_type(t), "; got dtype=", *dtype);
+  LISSOM_CHECK_TYPE("sparse24_unpack", !dtype || *dtype == scalar_type(t), "packed holds ", scalar_type(t),
+                    "; got dtype=", *dtype);
   Tensor values = at::empty({n, k / 2}, packed.options().dtype(scalar_type(t)));
   Tensor meta = at::empty({n, meta_columns(k)}, packed.options());
   const Canonical out = canonical(values, meta);
@@ -208,7 +222,8 @@ Act activation(c10::string_view act) {
   constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
   for (int i = 0; i < 5; ++i)
     if (act == kNames[i]) return static_cast<Act>(i);
-  LISSOM_CHECK_VALUE("sparse24_linear", false, "act must be one of none, relu, gelu, gelu_tanh, silu; got \"", act, "\"");
+  LISSOM_CHECK_VALUE("sparse24_linear", false, "act must be one of none, relu, gelu, gelu_tanh, silu; got \"",
+                     act, "\"");
 }
 
 // x as [M, K] with unit stride in K: a view where the strides allow it, else one copy.
@@ -233,7 +248,8 @@ Tensor pack_x(const Path& path, const Linear& problem, const Tensor& like) {
   const Tensor packed_x = workspace(like, path.x_bytes(problem));
   std::atomic<bool> fits{true};
   parallel(path.x_tiles(problem), 1, [&](int64_t b, int64_t e) {
-    if (!path.pack_x(problem, b, e, packed_x.mutable_data_ptr())) fits.store(false, std::memory_order_relaxed);
+    if (!path.pack_x(problem, b, e, packed_x.mutable_data_ptr()))
+      fits.store(false, std::memory_order_relaxed);
   });
   return fits ? packed_x : Tensor();
 }
@@ -250,67 +266,78 @@ void run_linear(const Linear& problem, const Tensor& like) {
   // Pairs of panels are the unit, so that a split between threads does not break a pair.
   const int64_t count = panels(problem.n), pairs = (count + 1) / 2;
   const int64_t work = problem.m * problem.k * 32;  // multiply-adds of a pair
-  parallel(pairs, std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(work, 1)), [&](int64_t b, int64_t e) {
-    const size_t bytes = path.scratch_bytes(problem);
-    const Tensor own = workspace(like, bytes);
-    path.run(problem, packed_x.const_data_ptr(), 2 * b, std::min(2 * e, count), own.mutable_data_ptr());
-  });
+  parallel(pairs, std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(work, 1)),
+           [&](int64_t b, int64_t e) {
+             const size_t bytes = path.scratch_bytes(problem);
+             const Tensor own = workspace(like, bytes);
+             path.run(problem, packed_x.const_data_ptr(), 2 * b, std::min(2 * e, count),
+                      own.mutable_data_ptr());
+           });
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const c10::optional<Tensor>& bias,
-              c10::string_view act, const c10::optional<Tensor>& residual, c10::optional<at::ScalarType> out_dtype) {
+              c10::string_view act, const c10::optional<Tensor>& residual,
+              c10::optional<at::ScalarType> out_dtype) {
   const DType t = check_packed("sparse24_linear", packed, n, k);
-  LISSOM_CHECK_VALUE("sparse24_linear", x.dim() >= 1 && x.size(-1) == k, "x must be [..., K=", k, "]; got ", shape_of(x));
-  LISSOM_CHECK_TYPE("sparse24_linear", x.scalar_type() == scalar_type(t), "x and the packed weight must have one dtype; got ",
-                    x.scalar_type(), " and ", scalar_type(t), "; cast x, or pack the weight in x's dtype");
+  LISSOM_CHECK_VALUE("sparse24_linear", x.dim() >= 1 && x.size(-1) == k, "x must be [..., K=", k, "]; got ",
+                     shape_of(x));
+  LISSOM_CHECK_TYPE("sparse24_linear", x.scalar_type() == scalar_type(t),
+                    "x and the packed weight must have one dtype; got ", x.scalar_type(), " and ",
+                    scalar_type(t), "; cast x, or pack the weight in x's dtype");
   const at::ScalarType out = out_dtype.value_or(x.scalar_type());
-  LISSOM_CHECK_TYPE("sparse24_linear", out == x.scalar_type() || out == at::kFloat, "out_dtype must be float32 or x's dtype ",
-                    x.scalar_type(), "; got ", out);
+  LISSOM_CHECK_TYPE("sparse24_linear", out == x.scalar_type() || out == at::kFloat,
+                    "out_dtype must be float32 or x's dtype ", x.scalar_type(), "; got ", out);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   const int64_t m = leading(x);
 
   Tensor padded_bias;
   if (bias && bias->defined()) {
-    LISSOM_CHECK_VALUE("sparse24_linear", bias->dim() == 1 && bias->size(0) == n, "bias must be [N=", n, "]; got ", shape_of(*bias));
-    LISSOM_CHECK_TYPE("sparse24_linear", bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat,
+    LISSOM_CHECK_VALUE("sparse24_linear", bias->dim() == 1 && bias->size(0) == n, "bias must be [N=", n,
+                       "]; got ", shape_of(*bias));
+    LISSOM_CHECK_TYPE("sparse24_linear",
+                      bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat,
                       "bias must be float32 or x's dtype ", x.scalar_type(), "; got ", bias->scalar_type());
-    LISSOM_CHECK("sparse24_linear", bias->device() == x.device(), "bias must be on x's device ", x.device(), "; got ", bias->device());
+    LISSOM_CHECK("sparse24_linear", bias->device() == x.device(), "bias must be on x's device ", x.device(),
+                 "; got ", bias->device());
     padded_bias = at::zeros({panels(n) * kPanelRows}, x.options().dtype(at::kFloat).requires_grad(false));
     padded_bias.narrow(0, 0, n).copy_(*bias);
   }
   Tensor res;
   if (residual && residual->defined()) {
-    LISSOM_CHECK_VALUE("sparse24_linear", residual->sizes() == at::IntArrayRef(shape), "residual must have y's shape ",
-                       at::IntArrayRef(shape), "; got ", shape_of(*residual));
-    LISSOM_CHECK_TYPE("sparse24_linear", residual->scalar_type() == out, "residual must have y's dtype ", out, "; got ",
-                      residual->scalar_type());
-    LISSOM_CHECK("sparse24_linear", residual->device() == x.device(), "residual must be on x's device ", x.device(), "; got ",
-                 residual->device());
+    LISSOM_CHECK_VALUE("sparse24_linear", residual->sizes() == at::IntArrayRef(shape),
+                       "residual must have y's shape ", at::IntArrayRef(shape), "; got ",
+                       shape_of(*residual));
+    LISSOM_CHECK_TYPE("sparse24_linear", residual->scalar_type() == out, "residual must have y's dtype ", out,
+                      "; got ", residual->scalar_type());
+    LISSOM_CHECK("sparse24_linear", residual->device() == x.device(), "residual must be on x's device ",
+                 x.device(), "; got ", residual->device());
     res = rows_of(*residual, m, n);
   }
   const Act chosen = activation(act);
   Tensor y = at::empty(shape, x.options().dtype(out));
   if (m == 0 || n == 0) return y;
   const Tensor flat = rows_of(x, m, k);
-  const Linear problem = {m,
-                          n,
-                          k,
-                          flat.const_data_ptr(),
-                          flat.stride(0),
-                          records_of(packed),
-                          padded_bias.defined() ? static_cast<const float*>(padded_bias.const_data_ptr()) : nullptr,
-                          res.defined() ? res.const_data_ptr() : nullptr,
-                          res.defined() ? res.stride(0) : 0,
-                          y.mutable_data_ptr(),
-                          t,
-                          out == at::kFloat ? DType::f32 : t,
-                          chosen};
+  const Linear problem = {
+      m,
+      n,
+      k,
+      flat.const_data_ptr(),
+      flat.stride(0),
+      records_of(packed),
+      padded_bias.defined() ? static_cast<const float*>(padded_bias.const_data_ptr()) : nullptr,
+      res.defined() ? res.const_data_ptr() : nullptr,
+      res.defined() ? res.stride(0) : 0,
+      y.mutable_data_ptr(),
+      t,
+      out == at::kFloat ? DType::f32 : t,
+      chosen};
   run_linear(problem, x);
   return y;
 }
 
-Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta, const c10::optional<Tensor>& bias) {
+Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta,
+                     const c10::optional<Tensor>& bias) {
   const Tensor packed = pack_for("sparse24_linear_values", values, meta);
   return linear(x, packed, values.size(0), values.size(1) * 2, bias, "none", c10::nullopt, c10::nullopt);
 }
@@ -320,9 +347,11 @@ Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta, 
 // W is not 2:4 along N, so dx = dy W runs dense, expanding kDenseBlock rows of W at a time.
 Tensor grad_input(const Tensor& dy, const Tensor& packed, int64_t n, int64_t k) {
   const DType t = check_packed("sparse24_grad_input", packed, n, k);
-  LISSOM_CHECK_VALUE("sparse24_grad_input", dy.dim() >= 1 && dy.size(-1) == n, "dy must be [..., N=", n, "]; got ", shape_of(dy));
-  LISSOM_CHECK_TYPE("sparse24_grad_input", dy.scalar_type() == scalar_type(t), "dy and the packed weight must have one dtype; got ",
-                    dy.scalar_type(), " and ", scalar_type(t));
+  LISSOM_CHECK_VALUE("sparse24_grad_input", dy.dim() >= 1 && dy.size(-1) == n, "dy must be [..., N=", n,
+                     "]; got ", shape_of(dy));
+  LISSOM_CHECK_TYPE("sparse24_grad_input", dy.scalar_type() == scalar_type(t),
+                    "dy and the packed weight must have one dtype; got ", dy.scalar_type(), " and ",
+                    scalar_type(t));
   const int64_t m = leading(dy);
   std::vector<int64_t> shape(dy.sizes().begin(), dy.sizes().end());
   shape.back() = k;
@@ -346,15 +375,19 @@ Tensor grad_input(const Tensor& dy, const Tensor& packed, int64_t n, int64_t k) 
 
 Tensor mask_mm(const Tensor& dy, const Tensor& x, const Tensor& meta_in) {
   element_type("sparse24_mask_mm", x, "x");
-  LISSOM_CHECK_TYPE("sparse24_mask_mm", dy.scalar_type() == x.scalar_type(), "dy and x must have one dtype; got ", dy.scalar_type(),
-                    " and ", x.scalar_type());
-  LISSOM_CHECK_VALUE("sparse24_mask_mm", x.dim() >= 1 && dy.dim() == x.dim() && dy.sizes().slice(0, dy.dim() - 1) ==
-                     x.sizes().slice(0, x.dim() - 1), "dy [..., N] and x [..., K] must share their leading dimensions; got ",
-                     shape_of(dy), " and ", shape_of(x));
+  LISSOM_CHECK_TYPE("sparse24_mask_mm", dy.scalar_type() == x.scalar_type(),
+                    "dy and x must have one dtype; got ", dy.scalar_type(), " and ", x.scalar_type());
+  LISSOM_CHECK_VALUE("sparse24_mask_mm",
+                     x.dim() >= 1 && dy.dim() == x.dim() &&
+                         dy.sizes().slice(0, dy.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+                     "dy [..., N] and x [..., K] must share their leading dimensions; got ", shape_of(dy),
+                     " and ", shape_of(x));
   const int64_t m = leading(x), n = dy.size(-1), k = x.size(-1);
   LISSOM_CHECK_VALUE("sparse24_mask_mm", k % 4 == 0, "K must be a multiple of 4; got x ", shape_of(x));
-  LISSOM_CHECK_TYPE("sparse24_mask_mm", meta_in.scalar_type() == at::kByte, "meta must be uint8; got ", meta_in.scalar_type());
-  LISSOM_CHECK_VALUE("sparse24_mask_mm", meta_in.dim() == 2 && meta_in.size(0) == n && meta_in.size(1) == meta_columns(k),
+  LISSOM_CHECK_TYPE("sparse24_mask_mm", meta_in.scalar_type() == at::kByte, "meta must be uint8; got ",
+                    meta_in.scalar_type());
+  LISSOM_CHECK_VALUE("sparse24_mask_mm",
+                     meta_in.dim() == 2 && meta_in.size(0) == n && meta_in.size(1) == meta_columns(k),
                      "meta must be [N=", n, ", ceil(K/8)=", meta_columns(k), "]; got ", shape_of(meta_in));
   const Tensor meta = meta_in.contiguous();
   require_legal_meta("sparse24_mask_mm", meta, k);

@@ -27,10 +27,11 @@ extern const Path kTiles;
 
 const Kernels& kernels(CpuIsa isa) {
 #if defined(__x86_64__)
-  static const Kernels with_dot = {{avx512::kKernels.permuted[0], avx512::kKernels.permuted[1], avx512::kKernels.permuted[2]},
-                                   {avx512::kKernels.lanes[0], avx512::kKernels.lanes[1], avx512::kKernels.lanes[2]},
-                                   &avx512x::kDot,
-                                   nullptr};
+  static const Kernels with_dot = {
+      {avx512::kKernels.permuted[0], avx512::kKernels.permuted[1], avx512::kKernels.permuted[2]},
+      {avx512::kKernels.lanes[0], avx512::kKernels.lanes[1], avx512::kKernels.lanes[2]},
+      &avx512x::kDot,
+      nullptr};
   static const Kernels with_tiles = {{with_dot.permuted[0], with_dot.permuted[1], with_dot.permuted[2]},
                                      {with_dot.lanes[0], with_dot.lanes[1], with_dot.lanes[2]},
                                      with_dot.dot,
