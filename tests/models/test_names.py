@@ -17,7 +17,8 @@ NAMES = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_
         ("lm_head2", ["lm_head"], False),
         ("model.lm_head", ["lm_head"], False),
         ("a.mlp.up", ["re:.*mlp.*"], True),
-        ("a.mlp.up", ["re:mlp"], False),  # the whole name has to match
+        ("a.mlp.up", ["re:mlp"], False),  # the whole name has to match,
+        ("a.mlp.up", ["re:a.mlp"], False),  # to its end
         ("a.mlp.up", [".*mlp.*"], False),  # without re: a name is a name
         ("a", [], False),
         ("a", None, False),
