@@ -7,7 +7,7 @@ PYTEST := .venv/bin/python -m pytest
 
 setup:               ; @third_party/bootstrap.sh
 models: setup        ; @.venv/bin/python third_party/models.py --optional && .venv/bin/python third_party/corpora.py --optional
-demo: setup          ; @.venv/bin/lissom demo
+demo: setup          ; @.venv/bin/lissom demo --overwrite
 test: setup          ; $(PYTEST) -m "not slow"
 test-all: models     ; $(PYTEST)
 bench: setup         ; .venv/bin/lissom bench sparse24
