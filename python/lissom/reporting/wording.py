@@ -53,7 +53,7 @@ def duration_text(seconds: float) -> str:
     """Seconds as people say them.
 
     Example:
-        >>> duration_text(4.2), duration_text(75), duration_text(7300)
+        >>> duration_text(4.2), duration_text(75), duration_text(7320)
         ('4 s', '1 min 15 s', '2 h 2 min')
     """
     whole = round(seconds)
