@@ -82,6 +82,12 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
     return chosen
 
 
+@pytest.fixture(scope="session")
+def all_kernels() -> list[Kernel]:
+    """What `kernel` goes through, for tests that do it in another process."""
+    return list(_kernels())
+
+
 @pytest.fixture(params=testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param

@@ -79,10 +79,11 @@ def test_fake_result_has_the_shape_dtype_and_strides_of_the_real_one(name, dtype
     operator = getattr(torch.ops.lissom, f"sparse24_{name}")
     for arguments, options in samples(name, dtype):
         real = operator(*arguments, **options)
+        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
         with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(a.detach()) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             fake = operator(*fakes, **options)
-        metas = [a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+        metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
         meta = operator(*metas, **options)
         for a, b, c in zip(*[t if isinstance(t, tuple) else (t,) for t in (real, fake, meta)], strict=True):
             assert a.shape == b.shape == c.shape

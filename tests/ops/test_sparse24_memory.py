@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,27 +47,29 @@ if sys.argv[1:] == ["overrun"]:  # the fence itself works
     ctypes.string_at(t.data_ptr(), 33)
     sys.exit("no fault")
 torch.set_num_threads(1)
-isa, name, path = sys.argv[1:]
-dtype = getattr(torch, name)
-lissom.set_cpu_isa(isa)
-lissom._C.force_path(path)
-for k, at_end in itertools.product((4, 8, 12, 20, 28, 32, 36, 60, 68), (False, True)):
-    keep.clear()
-    n = 21
-    w = testing.random_sparse24(n, k, dtype=dtype)
-    values, meta = ops.sparse24_compress(fenced(w, at_end))
-    values, meta = fenced(values, at_end), fenced(meta, at_end)
-    ops.sparse24_decompress(values, meta, k)
-    ops.sparse24_check_meta(meta, k)
-    packed = fenced(ops.sparse24_pack(values, meta), at_end)
-    ops.sparse24_unpack(packed, n, k)
-    bias = fenced(torch.randn(n), at_end)
-    for m in (1, 2, 3, 7, 16, 17, 50):
-        x, residual = fenced(torch.randn(m, k).to(dtype), at_end), fenced(torch.randn(m, n).to(dtype), at_end)
-        y = ops.sparse24_linear(x, packed, n, k, bias, "none", residual)
-        assert torch.equal(y, ops.sparse24_linear(x.clone(), packed, n, k, bias, "none", residual.clone()))
-        ops.sparse24_grad_input(residual, packed, n, k)
-        ops.sparse24_mask_mm(residual, x, meta)
+for kernel in sys.argv[1:]:
+    print(kernel, flush=True)
+    isa, name, path = kernel.split("-", 2)
+    dtype = getattr(torch, name)
+    lissom.set_cpu_isa(isa)
+    lissom._C.force_path(path)
+    for k, at_end in itertools.product((4, 8, 12, 20, 28, 32, 36, 60, 68), (False, True)):
+        keep.clear()
+        n = 21
+        w = testing.random_sparse24(n, k, dtype=dtype)
+        values, meta = ops.sparse24_compress(fenced(w, at_end))
+        values, meta = fenced(values, at_end), fenced(meta, at_end)
+        ops.sparse24_decompress(values, meta, k)
+        ops.sparse24_check_meta(meta, k)
+        packed = fenced(ops.sparse24_pack(values, meta), at_end)
+        ops.sparse24_unpack(packed, n, k)
+        bias = fenced(torch.randn(n), at_end)
+        for m in (1, 2, 3, 7, 16, 17, 50):
+            x, residual = fenced(torch.randn(m, k).to(dtype), at_end), fenced(torch.randn(m, n).to(dtype), at_end)
+            y = ops.sparse24_linear(x, packed, n, k, bias, "none", residual)
+            assert torch.equal(y, ops.sparse24_linear(x.clone(), packed, n, k, bias, "none", residual.clone()))
+            ops.sparse24_grad_input(residual, packed, n, k)
+            ops.sparse24_mask_mm(residual, x, meta)
 print("inside")
 """
 
@@ -79,10 +82,11 @@ def run_guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-def test_reads_stay_inside_their_tensors(kernel):
-    answer = run_guarded(kernel.isa, str(kernel.dtype).removeprefix("torch."), kernel.path)
-    assert answer.returncode == 0, answer.stderr or f"killed by signal {-answer.returncode}"
-    assert answer.stdout == "inside\n"
+def test_reads_stay_inside_their_tensors(all_kernels):
+    answer = run_guarded(*map(str, all_kernels))
+    *done, last = answer.stdout.split()
+    assert last == "inside", f"{last}: {answer.stderr or f'killed by signal {-answer.returncode}'}"
+    assert len(done) == len(all_kernels)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
@@ -145,31 +149,25 @@ def test_switching_tiers_while_others_compute():
 
 
 def test_the_interpreter_lock_is_released():
-    """Other Python threads run during a product: with the lock held, the counter could not move."""
-    n, k, m = 2048, 2048, 256
+    """Other Python threads run in the middle of a product: with the lock held, none could."""
+    n, k, m = 1024, 2048, 256
     lissom.set_cpu_isa("portable")
     torch.set_num_threads(1)
     packed = ops.sparse24_pack(*ops.sparse24_compress(random_sparse24(n, k)))
-    x = torch.ones(m, k)
-    inside, ticks = threading.Event(), 0
+    x, ticks, span = torch.ones(m, k), [], []
 
     def product():
-        inside.set()
+        span.append(time.perf_counter())
         ops.sparse24_linear(x, packed, n, k)
-        inside.clear()
+        span.append(time.perf_counter())
 
     worker = threading.Thread(target=product)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000)  # a thread that holds the lock is not asked for it
-    try:
-        worker.start()
-        inside.wait()
-        while inside.is_set():
-            ticks += 1
-        worker.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert ticks > 100
+    worker.start()
+    while worker.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(0.0002)
+    quarter = (span[1] - span[0]) / 4
+    assert sum(span[0] + quarter < tick < span[1] - quarter for tick in ticks) >= 3
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs /proc")
@@ -201,10 +199,18 @@ def test_set_num_threads_is_honoured():
 # --- more than 2^31 elements: a few GiB each ------------------------------------------------------------------------------
 
 
+def needs_gib(size: int) -> None:
+    with open("/proc/meminfo") as info:
+        free = next(int(line.split()[1]) for line in info if line.startswith("MemAvailable")) >> 20
+    if free < size:
+        pytest.skip(f"needs {size} GiB of free memory; this machine has {free}")
+
+
 @pytest.mark.slow
 def test_more_than_2_31_elements_of_x_and_y():
     """[M, K] and [M, N] both beyond: rows from far behind must be what they are alone."""
-    m, n, k = (1 << 26) + 70, 36, 36
+    needs_gib(18)
+    m, n, k = (1 << 26) + 70, 33, 32
     packed = ops.sparse24_pack(*ops.sparse24_compress(random_sparse24(n, k, dtype=torch.bfloat16)))
     row = torch.randn(1, k).bfloat16()
     x = row.expand(m, k).contiguous()
@@ -221,6 +227,7 @@ def test_more_than_2_31_elements_of_x_and_y():
 @pytest.mark.slow
 def test_more_than_2_31_elements_of_w():
     """N K beyond 2^31: every step of the format, and products of the last rows."""
+    needs_gib(14)
     k = 4096
     n = (1 << 31) // k + 40
     block = random_sparse24(64, k, dtype=torch.bfloat16)
