@@ -92,7 +92,8 @@ class Sparse24Linear(nn.Linear):
         Called by loading, `.to()` and `from_linear`; call it yourself after assigning `weight` or `weight_meta`.
 
         Raises:
-            ValueError: corrupt metadata, or shapes that do not fit this layer.
+            ValueError: corrupt metadata, or shapes that do not fit this layer. RuntimeError: the weight was taken from
+                another layer that is packed.
 
         >>> Sparse24Linear(32, 16).pack_().packed.dtype
         torch.uint8
@@ -103,6 +104,11 @@ class Sparse24Linear(nn.Linear):
         shape = (self.out_features, self.in_features // 2)
         if tuple(self.weight.shape) != shape:
             raise ValueError(f"Sparse24Linear: weight must be {list(shape)}; got {list(self.weight.shape)}")
+        if self.weight.stride() == (0, 0):
+            raise RuntimeError(
+                "Sparse24Linear: weight is the placeholder of another layer's packed weight; "
+                "share the layer itself, or call unpack_() on the other one first"
+            )
         if self.weight.requires_grad:
             ops.sparse24_validate_meta(self.weight_meta, self.in_features)
             return self
@@ -127,7 +133,7 @@ class Sparse24Linear(nn.Linear):
         elif self.packed is None:
             if not self.weight.requires_grad:
                 self.pack_()
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)
         if self.packed is None:
             assert self.weight_meta is not None

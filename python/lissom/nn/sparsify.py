@@ -35,6 +35,8 @@ def _reason_to_leave(linear: nn.Linear, shared: bool) -> str | None:
         return f"is a {type(linear).__name__}, not a plain nn.Linear"
     if shared:
         return "weight is shared with another module (tied)"
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return "has hooks, which a swap would drop"
     if linear.weight.is_meta:
         return "weight has no data (meta device)"
     if linear.weight.dtype not in DTYPES:
@@ -62,17 +64,18 @@ def sparsify(
     """
     report = SparsifyReport()
     uses: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if weight is not None:
-            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or isinstance(module, Sparse24Linear) or not name:
+        if not isinstance(module, nn.Linear) or isinstance(module, Sparse24Linear):
+            continue
+        if not name:
+            report.left.append((name, "is the model itself: use Sparse24Linear.from_linear"))
             continue
         if (include is not None and not matches(name, include)) or (exclude and matches(name, exclude)):
             report.left.append((name, "excluded"))
             continue
-        reason = _reason_to_leave(module, uses[id(module.weight)] > 1)
+        reason = _reason_to_leave(module, uses.get(id(module.weight), 0) > 1)
         if reason is not None:
             report.left.append((name, reason))
             continue
