@@ -98,4 +98,4 @@ def test_hopeless_matrix_is_an_error_not_an_identity():
         pytest.warns(UserWarning, match="trying 1"),
         pytest.raises(ValueError, match="not positive definite"),
     ):
-        inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01, "layer")
+        inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")
