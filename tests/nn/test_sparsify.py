@@ -138,3 +138,17 @@ def test_a_llama_gives_the_same_logits(tiny_llama):
     state = model.state_dict()
     assert state["model.layers.0.mlp.up_proj.weight_meta"].dtype == torch.uint8
     assert not any(t.isnan().any() for t in state.values() if t.is_floating_point())
+
+
+def test_conv1d_is_swapped_transposed() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv = Conv1D(48, 64).eval()  # weight [in, out]
+    values, meta = lissom.ops.sparse24_compress(conv.weight.detach().t().contiguous(), pattern="magnitude")
+    conv.weight.data = lissom.ops.sparse24_decompress(values, meta, 64).t().contiguous()
+    model, x = nn.Sequential(conv), torch.randn(3, 64)
+    want = model(x)
+    assert sparsify(model).touched == ["0"]
+    assert isinstance(model[0], Sparse24Linear)
+    torch.testing.assert_close(model(x), want)

@@ -14,16 +14,17 @@ from lissom.reference.sparse24 import DTYPES, meta_columns
 
 
 class Sparse24Linear(nn.Linear):
-    """y = x W^T + bias with W [out, in] 2:4 sparse, kept in 9/16 of the bytes (16-bit types) and read as such.
+    """y = x W^T + bias with W [out, in] 2:4 sparse, kept in 9/16 of the bytes (16-bit types), read as such.
 
-    The state dict holds the canonical form: `weight` [out, in/2] the kept values, `weight_meta` [out, ceil(in/8)]
-    uint8, `bias` [out]. In memory a frozen weight exists only in the layout of the kernels: `weight` is then a
-    placeholder of the right shape, dtype and device whose every element is NaN, so that code which takes it for a dense
-    matrix fails visibly; use `dense_weight()`. A weight that requires grad is kept canonical and packed at every call.
-    Weights start frozen: call `requires_grad_(True)` to train them. The mask never changes in training.
+    The state dict holds the canonical form: `weight` [out, in/2] the kept values, `weight_meta`
+    [out, ceil(in/8)] uint8, `bias` [out]. In memory a frozen weight exists only in the layout of the kernels:
+    `weight` is then a placeholder of the right shape, dtype and device whose every element is NaN, so that
+    code which takes it for a dense matrix fails visibly; use `dense_weight()`. A weight that requires grad is
+    kept canonical and packed at every call. Weights start frozen: call `requires_grad_(True)` to train them. The mask never changes in training.
 
     Args:
-        in_features: a multiple of 4. out_features, bias, device, dtype: as nn.Linear; float32, bfloat16 or float16.
+        in_features: a multiple of 4.
+        out_features, bias, device, dtype: as nn.Linear; float32, bfloat16 or float16.
 
     Raises:
         ValueError: in_features is not a multiple of 4. TypeError: other dtypes.
@@ -55,7 +56,9 @@ class Sparse24Linear(nn.Linear):
         meta = torch.empty(out_features, meta_columns(in_features), dtype=torch.uint8, device=made.device)
         self.register_buffer("weight_meta", meta)
         self.register_buffer("packed", None, persistent=False)
-        self.bias = nn.Parameter(torch.empty(out_features, device=made.device, dtype=made.dtype)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device=made.device, dtype=made.dtype)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,12 +67,14 @@ class Sparse24Linear(nn.Linear):
             return
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.weight.device)
         with torch.no_grad():
-            self._set_canonical(*ops.sparse24_compress(dense.weight.to(self.weight.dtype), pattern="magnitude"))
+            self._set_canonical(
+                *ops.sparse24_compress(dense.weight.to(self.weight.dtype), pattern="magnitude")
+            )
             if self.bias is not None:
                 self.bias.copy_(dense.bias)
         self.pack_()
 
-    # --- the two states -------------------------------------------------------------------------------------------------
+    # --- the two states
 
     def _set_canonical(self, values: Tensor, meta: Tensor) -> None:
         self.weight.data = values
@@ -87,13 +92,14 @@ class Sparse24Linear(nn.Linear):
         return ops.sparse24_unpack(self.packed, self.out_features, self.in_features, dtype=self.weight.dtype)
 
     def pack_(self) -> Sparse24Linear:
-        """Checks the metadata and moves a frozen weight into the layout of the kernels; a trainable one is only checked.
+        """Checks the metadata; moves a frozen weight into the layout of the kernels.
 
-        Called by loading, `.to()` and `from_linear`; call it yourself after assigning `weight` or `weight_meta`.
+        Called by loading, `.to()` and `from_linear`; call it yourself after assigning `weight` or
+        `weight_meta`.
 
         Raises:
-            ValueError: corrupt metadata, or shapes that do not fit this layer. RuntimeError: the weight was taken from
-                another layer that is packed.
+            ValueError: corrupt metadata, or shapes that do not fit this layer.
+            RuntimeError: the weight was taken from another layer that is packed.
 
         >>> Sparse24Linear(32, 16).pack_().packed.dtype
         torch.uint8
@@ -113,7 +119,9 @@ class Sparse24Linear(nn.Linear):
             ops.sparse24_validate_meta(self.weight_meta, self.in_features)
             return self
         self.packed = ops.sparse24_pack(self.weight.detach(), self.weight_meta)
-        self.weight.data = torch.full((), torch.nan, dtype=self.weight.dtype, device=self.weight.device).expand(shape)
+        self.weight.data = torch.full(
+            (), torch.nan, dtype=self.weight.dtype, device=self.weight.device
+        ).expand(shape)
         self.weight_meta = None
         return self
 
@@ -130,9 +138,8 @@ class Sparse24Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad and torch.is_grad_enabled():
             self.unpack_()
-        elif self.packed is None:
-            if not self.weight.requires_grad:
-                self.pack_()
+        elif self.packed is None and not self.weight.requires_grad:
+            self.pack_()
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)
         if self.packed is None:
@@ -140,7 +147,7 @@ class Sparse24Linear(nn.Linear):
             return ops.sparse24_linear_values(x, self.weight, self.weight_meta, self.bias)
         return ops.sparse24_linear(x, self.packed, self.out_features, self.in_features, self.bias)
 
-    # --- dense and back -------------------------------------------------------------------------------------------------
+    # --- dense and back
 
     def dense_weight(self) -> Tensor:
         """W [out, in] with its zeros.
@@ -156,7 +163,7 @@ class Sparse24Linear(nn.Linear):
         """The sparse form of a dense layer; the bias is shared, not copied.
 
         Args:
-            pattern: "auto" wants the weight to be 2:4 already; "magnitude" keeps the two largest of every quad.
+            pattern: "auto" wants the weight to be 2:4 already; "magnitude" keeps the two largest of a quad.
 
         Raises:
             ValueError: the weight is not 2:4, or in_features is not a multiple of 4.
@@ -178,18 +185,22 @@ class Sparse24Linear(nn.Linear):
         >>> type(Sparse24Linear(32, 16).to_linear()) is nn.Linear
         True
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.weight.dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=False, device="meta", dtype=self.weight.dtype
+        )
         linear.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
         linear.bias = self.bias
         return linear.train(self.training)
 
-    # --- nn.Module's hooks: the state dict is canonical, whatever the state in memory ---------------------------------------
+    # --- nn.Module's hooks: the state dict is canonical, whatever the state in memory
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             values, meta = self.canonical()
-            destination[prefix + "weight"] = nn.Parameter(values, requires_grad=False) if keep_vars else values
+            destination[prefix + "weight"] = (
+                nn.Parameter(values, requires_grad=False) if keep_vars else values
+            )
             destination[prefix + "weight_meta"] = meta
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

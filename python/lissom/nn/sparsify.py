@@ -16,7 +16,7 @@ from lissom.reference.sparse24 import DTYPES, packed_bytes
 
 @dataclass
 class SparsifyReport:
-    """What `sparsify` did: names of the swapped linears, (name, reason) of those it left, bytes before and after."""
+    """What `sparsify` did: names swapped, (name, reason) of those it left, bytes of the weights before and after."""
 
     touched: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
@@ -27,15 +27,32 @@ class SparsifyReport:
         if not self.touched:
             return f"no linear was swapped; {len(self.left)} left"
         ratio = self.dense_bytes / self.packed_bytes
-        return f"{len(self.touched)} linears swapped, {len(self.left)} left; their weights take {ratio:.2f}x fewer bytes"
+        counts = f"{len(self.touched)} linears swapped, {len(self.left)} left"
+        return f"{counts}; their weights take {ratio:.2f}x fewer bytes"
 
 
-def _reason_to_leave(linear: nn.Linear, shared: bool) -> str | None:
+def _as_linear(module: nn.Module) -> nn.Linear | None:
+    """The module as an nn.Linear on the same weight, or None; Conv1D of transformers (GPT-2) is transposed."""
+    if isinstance(module, nn.Linear):
+        return None if isinstance(module, Sparse24Linear) else module
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return None
+    linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(module.weight.detach().t(), requires_grad=False), module.bias
+    return linear.train(module.training)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _reason_to_leave(linear: nn.Linear, *, shared: bool, hooked: bool) -> str | None:
     if type(linear) is not nn.Linear:
         return f"is a {type(linear).__name__}, not a plain nn.Linear"
     if shared:
         return "weight is shared with another module (tied)"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if hooked:
         return "has hooks, which a swap would drop"
     if linear.weight.is_meta:
         return "weight has no data (meta device)"
@@ -50,7 +67,7 @@ def _reason_to_leave(linear: nn.Linear, shared: bool) -> str | None:
 def sparsify(
     model: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> SparsifyReport:
-    """Swaps every nn.Linear whose weight is 2:4 for a `Sparse24Linear`, in place, one at a time.
+    """Swaps every nn.Linear (and GPT-2's Conv1D) whose weight is 2:4 for a `Sparse24Linear`, in place.
 
     Args:
         model: any module. include, exclude: module names, or "re:<regex>" matched against the whole name.
@@ -67,7 +84,8 @@ def sparsify(
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or isinstance(module, Sparse24Linear):
+        linear = _as_linear(module)
+        if linear is None:
             continue
         if not name:
             report.left.append((name, "is the model itself: use Sparse24Linear.from_linear"))
@@ -75,14 +93,15 @@ def sparsify(
         if (include is not None and not matches(name, include)) or (exclude and matches(name, exclude)):
             report.left.append((name, "excluded"))
             continue
-        reason = _reason_to_leave(module, uses.get(id(module.weight), 0) > 1)
+        shared = uses.get(id(module.weight), 0) > 1
+        reason = _reason_to_leave(linear, shared=shared, hooked=_has_hooks(module))
         if reason is not None:
             report.left.append((name, reason))
             continue
-        sparse = Sparse24Linear.from_linear(module)
+        sparse = Sparse24Linear.from_linear(linear)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, sparse)
         report.touched.append(name)
-        report.dense_bytes += module.weight.numel() * module.weight.element_size()
-        report.packed_bytes += packed_bytes(module.out_features, module.in_features, module.weight.dtype)
+        report.dense_bytes += linear.weight.numel() * linear.weight.element_size()
+        report.packed_bytes += packed_bytes(linear.out_features, linear.in_features, linear.weight.dtype)
     return report
