@@ -199,17 +199,30 @@ class _Making:
         self.recipe, self.settings = recipe, recipe.output
         self.evaluation = recipe.evaluate or Evaluation(speed=False, kernels=False)
         self.output = Path(recipe.output.dir)
-        self.state = self.output.with_name(self.output.name + ".lissom-state")
+        if self.output.resolve() == Path.cwd():
+            # The folder is replaced as a whole: the shell that stands in it would stand in a deleted one.
+            raise RunError(f"the output folder {self.output} is the current folder: name another one (-o)")
+        self.state = self.output.with_name(f"{self.output.name}.lissom-state")
         self.told = emit
         self.began = time.perf_counter()
         self.resume = resume
+        facts.model_folder(recipe.model)  # a wrong path fails now, not after an hour
+        steps.check_texts(recipe)
         self._claim(overwrite=overwrite)
         self.overwrite = overwrite or resume
         self.session = Session(recipe, self.emit, state=self.state, resume=resume)
 
     def run(self) -> RunResult:
+        """All stages; a run that fails before its first finished block leaves nothing behind."""
+        try:
+            return self._run()
+        except BaseException:
+            if not any(self.state.rglob("*.safetensors")):
+                shutil.rmtree(self.state)
+            raise
+
+    def _run(self) -> RunResult:
         self.emit({"event": "start", "recipe": self.recipe.to_dict()})
-        self.session.source  # noqa: B018 - fails now rather than after an hour
         before = self._before()
         results = _run_steps(self.session)
         packing = self._pack()

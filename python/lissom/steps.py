@@ -269,16 +269,26 @@ VERBS: dict[str, Callable[[Session, Any], Any]] = {
 }
 
 
+def check_texts(recipe: Recipe) -> None:
+    """Find the recipe's texts before any work is done.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    wanted = [("calibration text", recipe.data.source, "--data")] if recipe.data else []
+    if recipe.evaluate and recipe.evaluate.perplexity:
+        wanted.append(("evaluation text", recipe.evaluate.perplexity, "--eval-text"))
+    for what, path, flag in wanted:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {what} {path}: name a .txt or .jsonl file ({flag} FILE)")
+
+
 def _texts(data: recipes.DataSpec | None) -> Any:
     if data is None:
         return None
     from lissom.evaluation.data import read_texts
 
     path = Path(data.source)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no calibration text {data.source}: name a .txt or .jsonl file (--data FILE)"
-        )
     return path if data.field == "text" else read_texts(path, field=data.field)[0]
 
 

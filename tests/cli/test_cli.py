@@ -123,17 +123,22 @@ def test_recipe_of_looking_steps_needs_no_output(command, tiny_model, validation
         (["eval", "m"], 2, "nothing to evaluate"),
         (["inspect", "no/such/model"], 1, "no model folder 'no/such/model'"),
         (["eval", "no/such/model", "--perplexity", "t.txt"], 1, "there is no text file t.txt"),
+        (["prune", "MODEL", "-o", "x", "--data", "no.txt"], 1, "there is no calibration text no.txt"),
         (["run", "no-such-recipe.yaml"], 1, "no-such-recipe.yaml"),
         (["report", "no-such-folder"], 1, "there is no report"),
         (["bench", "generation"], 2, "needs a model"),
     ],
 )
-def test_errors_are_one_sentence_with_a_code(command, arguments, code, words):
-    answer = command(*arguments)
+def test_errors_are_one_sentence_with_a_code(
+    command, tiny_model, tmp_path, monkeypatch, arguments, code, words
+):
+    monkeypatch.chdir(tmp_path)
+    answer = command(*[tiny_model if argument == "MODEL" else argument for argument in arguments])
     assert answer.code == code
     assert words in " ".join(answer.err.split())
     assert "Traceback" not in answer.err
     assert answer.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_are_json_too_and_tracebacks_are_for_the_verbose(command):

@@ -92,6 +92,20 @@ def test_resume_refuses_another_recipe(values, tmp_path):
     assert (tmp_path / "out/config.json").is_file()
 
 
+def test_a_run_that_fails_before_its_first_block_leaves_nothing(values, tmp_path):
+    values["data"] = {**values["data"], "seq_len": 10**7}  # longer than the text
+    with pytest.raises(ValueError, match="token"):
+        run_recipe(build_recipe(values))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_folder_is_refused(values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values["output"]["dir"] = "."
+    with pytest.raises(RunError, match="is the current folder"):
+        run_recipe(build_recipe(values))
+
+
 def test_compress_takes_the_place_of_model_and_output(values, tmp_path):
     seen = []
     result = compress(values.pop("model"), recipe=values, output=tmp_path / "there", on_event=seen.append)
@@ -99,4 +113,4 @@ def test_compress_takes_the_place_of_model_and_output(values, tmp_path):
     assert result.report["quality"]["after"]["tokens"] == 63
     assert seen[0]["event"] == "start"
     with pytest.raises(RunError, match="already holds a model"):
-        compress("m", recipe=values, output=tmp_path / "there")
+        compress(result.recipe.model, recipe=values, output=tmp_path / "there")

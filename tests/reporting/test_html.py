@@ -93,6 +93,13 @@ def test_a_missing_part_is_left_out(report, part):
     Outline(render_report(report))
 
 
+def test_tasks_are_shown_without_perplexity(report):
+    report["quality"] = {"tasks": {"arc_easy, acc": {"before": 0.5123, "after": 0.4012}}}
+    text = " ".join(Outline(render_report(report)).words)
+    assert "0.5123" in text
+    assert "0.4012" in text
+
+
 def test_the_emptiest_report_is_a_page():
     text = " ".join(Outline(render_report({})).words)
     assert "You gain nothing" in text

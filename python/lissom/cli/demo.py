@@ -32,7 +32,7 @@ assert "lissom.nn" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 ids = tokenizer(prompt, return_tensors="pt")
-out = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+out = model.generate(**ids, max_new_tokens=24, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
 packed = sum(type(m).__name__ == "Sparse24Linear" for m in model.modules())
 print(json.dumps({"text": tokenizer.decode(out[0], skip_special_tokens=True), "packed_linears": packed}))
 """

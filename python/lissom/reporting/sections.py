@@ -184,7 +184,7 @@ def quality_section(report: Facts) -> Markup | None:
     quality = report.get("quality") or {}
     before, after = quality.get("before"), quality.get("after")
     if not before:
-        return None
+        return section("Quality", _tasks(quality)) if quality.get("tasks") else None
     rows = [chart.Bar("before", before["perplexity"], f"{before['perplexity']:.2f}", "dense")]
     intro = None
     if after:
