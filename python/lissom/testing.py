@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of kernels share: one table of tolerances, random 2:4 problems, and slow references.
 
-The references are written from the definitions (docs/formats.md), in Python integers and float64, and share nothing with
-the kernels or their torch twins. `python -m lissom.testing sparse24 --seed 123 --isa avx2` repeats one fuzz problem.
+The references are written from the definitions, in Python integers and float64, and share nothing with the
+kernels or their torch twins. `python -m lissom.testing sparse24 --seed 123 --isa avx2` repeats one fuzz problem.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIERS = ("portable", "avx2", "avx512", "avx512x", "amx")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
-# --- tolerances ---------------------------------------------------------------------------------------------------------
+# --- tolerances
 
-# Of an fp32 sum of K products, as error / sum |x| |w|. In the worst order that is K/2 * 2^-24; the kernels keep at least
-# 16 partial sums of signed terms, whose errors grow with the root of K: 1.7e-7 was measured at K = 11008. 1e-6 holds to
-# K = 16384. (Error / max |y| grows with K and must not be tested.)
+# Of an fp32 sum of K/2 products, as error / sum |x| |w|. Roundings of signed terms add up like the root of their
+# number, not like their number: 1.7e-7 was measured at K = 11008, and 1e-6 holds to K = 16384. (Error / max |y|
+# grows with K and must not be tested.)
 ACCUMULATION = 1e-6
 # Of one rounding to a type: half a unit in the last place, relative.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -64,7 +64,7 @@ def relative_error(y: Tensor, exact: Tensor, scale: Tensor, *, roundings: int = 
     return float((excess / scale.double()[finite].clamp_min(1e-30)).max()) if excess.numel() else 0.0
 
 
-# --- random problems ----------------------------------------------------------------------------------------------------
+# --- random problems
 
 
 def tiers() -> list[str]:
@@ -108,7 +108,7 @@ def random_sparse24(
     return (w * mask).reshape(n, k).to(dtype)
 
 
-# --- sparse24: slow references ------------------------------------------------------------------------------------------
+# --- sparse24: slow references
 
 _PAIRS = list(itertools.combinations(range(4), 2))
 
@@ -136,7 +136,7 @@ def slow_compress(w: Tensor, *, keep_largest: bool = False) -> tuple[list[list[i
                 if not keep_largest:
                     raise ValueError("not 2:4")
                 # NaN before infinity, ties to the lower position
-                kept = sorted(kept, key=lambda i: (quad[i] == quad[i], -abs(quad[i]), i))[:2]  # noqa: B023
+                kept = sorted(kept, key=lambda i: (quad[i] == quad[i], -abs(quad[i]), i))[:2]
             p0, p1 = max((pair for pair in _PAIRS if set(kept) <= set(pair)), key=sum)
             nibbles.append(p0 | p1 << 2)
             values += [bits[at + p] if quad[p] != 0 else 0 for p in (p0, p1)]
@@ -232,7 +232,7 @@ def exact_linear(
     return Exact(y, pre, scale.nan_to_num(1.0, posinf=1.0))
 
 
-# --- sparse24: fuzzing --------------------------------------------------------------------------------------------------
+# --- sparse24: fuzzing
 
 
 @dataclass(frozen=True)
@@ -401,10 +401,12 @@ def _fuzz_gradients(p: Sparse24Problem, values: Tensor, meta: Tensor, packed: Te
     slack = ACCUMULATION * (
         1 if p.act == "none" else 2 + float(exact.scale.max()) if exact.scale.numel() else 1
     )
-    wanted = torch.autograd.grad(exact.y, [*leaves, *[bias64] * (bias is not None)], dy.double())
+    if bias64 is not None:
+        leaves.append(bias64)
+    wanted = torch.autograd.grad(exact.y, leaves, dy.double())
     size = 1.13 * dy.double().abs()  # no activation is steeper
     y = ops.sparse24_linear(x, packed, p.n, p.k, bias, p.act, out_dtype=p.out)
-    got = torch.autograd.grad(y, [x, *[bias] * (bias is not None)], dy)
+    got = torch.autograd.grad(y, [x] if bias is None else [x, bias], dy)
     # dy, blocks of the product and the sum of blocks are each rounded to x's dtype
     _require_close("gradient of x", got[0], wanted[0], size @ w.abs(), roundings=3, limit=slack)
     if bias is not None:

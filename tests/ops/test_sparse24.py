@@ -100,7 +100,7 @@ def test_epilogue(kernel, act, wide):
 
 
 def test_residual_comes_after_the_activation(kernel):
-    values, meta, packed = problem(16, 32, kernel.dtype)
+    _, _, packed = problem(16, 32, kernel.dtype)
     x = torch.zeros(2, 32, dtype=kernel.dtype)
     residual = torch.full((2, 16), -3.0, dtype=kernel.dtype)
     assert torch.equal(ops.sparse24_linear(x, packed, 16, 32, None, "relu", residual), residual)

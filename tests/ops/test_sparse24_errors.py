@@ -280,7 +280,7 @@ META_DEVICE = {
 @pytest.mark.parametrize("case", META_DEVICE)
 def test_mixed_devices_are_refused(case):
     """The dispatcher hands them to a fake kernel, whose result would be uninitialised memory."""
-    with pytest.raises(RuntimeError, match="all tensors must be on one device; got .* on (cpu|meta), .* on"):
+    with pytest.raises(RuntimeError, match=r"all tensors must be on one device; got .* on (cpu|meta), .* on"):
         META_DEVICE[case]()
 
 

@@ -196,7 +196,7 @@ def test_set_num_threads_is_honoured():
     assert cpu_of_others() - before <= 1
 
 
-# --- more than 2^31 elements: a few GiB each ------------------------------------------------------------------------------
+# --- more than 2^31 elements: a few GiB each
 
 
 def needs_gib(size: int) -> None:
