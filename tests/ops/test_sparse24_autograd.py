@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of sparse24_linear, sparse24_linear_values, sparse24_decompress; sparse24_grad_input and sparse24_mask_mm."""
+"""Gradients of the sparse24 products: sparse24_linear, sparse24_linear_values, sparse24_grad_input, sparse24_mask_mm."""
 
 from __future__ import annotations
 
