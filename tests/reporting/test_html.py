@@ -8,7 +8,7 @@ import pytest
 
 from lissom.reporting import render_report, write_report
 from lissom.reporting.chart import Bar, Gain, bars, factors
-from lissom.reporting.markup import Markup, element
+from lissom.reporting.markup import Markup, element, pairs
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -119,6 +119,12 @@ def test_elements_escape_text_and_attributes_but_not_elements():
     assert element("p", inner, None, [1, "<"]) == f"<p>{inner}1&lt;</p>"
     assert "<script" not in inner
     assert inner.count('"') == 2
+
+
+def test_nested_facts_are_told_in_words():
+    page = pairs({"a_b": {"x": None, "y": True}, "k": {"f": {"1": "p"}}, "gone": None, "l": [1, "<"]})
+    assert re.findall(r"<td>(.*?)</td>", page) == ["x not set, y yes", "f: 1 p", "1, &lt;"]
+    assert "a b" in page
 
 
 def test_bars_are_in_proportion():

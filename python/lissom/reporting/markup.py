@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,21 +86,27 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Markup:
 
 
 def pairs(values: dict[str, Any]) -> Markup:
-    """Names and values; what is not text or number is shown as JSON."""
+    """Names and values; nested ones as words."""
     rows = [
-        element(
-            "tr",
-            element("th", key.replace("_", " "), scope="row"),
-            element(
-                "td", value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
-            ),
-        )
+        element("tr", element("th", key.replace("_", " "), scope="row"), element("td", _words(value)))
         for key, value in values.items()
         if value is not None
     ]
-    return element(
-        "div", element("table", element("tbody", rows), class_="pairs"), class_="wide", tabindex="0"
-    )
+    whole = element("table", element("tbody", rows), class_="pairs")
+    return element("div", whole, class_="wide", tabindex="0")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        nested = any(isinstance(item, dict) for item in value.values())
+        return ("; " if nested else ", ").join(
+            f"{key}{':' if isinstance(item, dict) else ''} {_words(item)}" for key, item in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
 
 
 def _attribute_name(key: str) -> str:
