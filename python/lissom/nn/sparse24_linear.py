@@ -20,7 +20,8 @@ class Sparse24Linear(nn.Linear):
     [out, ceil(in/8)] uint8, `bias` [out]. In memory a frozen weight exists only in the layout of the kernels:
     `weight` is then a placeholder of the right shape, dtype and device whose every element is NaN, so that
     code which takes it for a dense matrix fails visibly; use `dense_weight()`. A weight that requires grad is
-    kept canonical and packed at every call. Weights start frozen: call `requires_grad_(True)` to train them. The mask never changes in training.
+    kept canonical and packed at every call. Weights start frozen: call `requires_grad_(True)` to train them.
+    The mask never changes in training.
 
     Args:
         in_features: a multiple of 4.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on 2:4 sparse weights. y = act(x W^T + bias) + residual, W [N, K] with at most two non-zeros in every aligned
-group of four columns (a quad). Both forms of W are drawn in csrc/sparse24/layout.h.
+"""Operators on 2:4 sparse weights: y = act(x W^T + bias) + residual, W [N, K] with at most two non-zeros in every
+aligned group of four columns (a quad). Both forms of W are drawn in csrc/sparse24/layout.h.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def sparse24_mask_mm(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     return _ops.sparse24_mask_mm(dy, x, meta)
 
 
-# --- shapes without data ------------------------------------------------------------------------------------------------
+# --- shapes without data
 
 
 @torch.library.register_fake("lissom::sparse24_compress")
@@ -281,16 +281,25 @@ def _(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     return x.new_empty(n, k // 2)
 
 
-# --- any other device: the twins ----------------------------------------------------------------------------------------
+# --- any other device: the twins
 
 _library = torch.library.Library("lissom", "FRAGMENT")
-for (
-    _name
-) in "compress decompress check check_meta pack unpack linear linear_values grad_input mask_mm".split():
+for _name in (
+    "compress",
+    "decompress",
+    "check",
+    "check_meta",
+    "pack",
+    "unpack",
+    "linear",
+    "linear_values",
+    "grad_input",
+    "mask_mm",
+):
     _library.impl(f"sparse24_{_name}", getattr(twin, _name), "CompositeExplicitAutograd")
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients
 
 
 def _act_backward(dy: Tensor, pre: Tensor, act: str) -> Tensor:
@@ -378,7 +387,7 @@ torch.library.register_autograd("lissom::sparse24_grad_input", _refuse_double_ba
 torch.library.register_autograd("lissom::sparse24_mask_mm", _refuse_double_backward)
 
 
-# --- autocast: x is cast to the dtype that W was packed in ----------------------------------------------------------------
+# --- autocast: x is cast to the dtype that W was packed in
 
 
 def _autocast_linear(
