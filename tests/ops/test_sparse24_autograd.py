@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the sparse24 products: sparse24_linear, sparse24_linear_values, sparse24_grad_input, sparse24_mask_mm."""
+"""Gradients of the sparse24 products: linear, linear_values, sparse24_grad_input, sparse24_mask_mm and decompress."""
 
 from __future__ import annotations
 
