@@ -138,7 +138,9 @@ def sparse24_linear(
     """y = act(x W^T + bias) + residual, W packed. Sums in float32; differentiable in x, bias and residual.
 
     Bit-identical from run to run for one M, ISA tier and number of threads. A pruned position never sees x: where
-    dense arithmetic gives Inf * 0 = NaN, this gives nothing.
+    dense arithmetic gives Inf * 0 = NaN, this gives nothing (the explicit zeros that fill up a quad with fewer than two
+    non-zeros are kept, and see it). Paths that use the bf16 dot or tile instruction count denormals as zero, as these
+    instructions do. A gradient of x passes a dense W: there Inf in dy does give NaN.
 
     Args:
         x: [..., K] float32, bfloat16 or float16, the dtype of W. Last dimension contiguous, else one copy is made.
