@@ -161,3 +161,27 @@ def test_module_and_version():
         [sys.executable, "-m", "lissom", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "0.1.0\n"
+
+
+def test_bench_passes_its_flags_on_and_prints_the_rows(command, monkeypatch):
+    from lissom.benchmark import sparse24
+
+    row = {
+        "dtype": "float32", "M": 4, "N": 64, "K": 64, "threads": 2, "ours_us": 1.0, "peers": {"a": 3.0, "b": 2.0},
+        "ratio_best": 2.0, "gflops": 9.0, "gbps": 8.0, "roofline_share": 0.5,
+    }  # fmt: skip
+    asked = {}
+    monkeypatch.setattr(sparse24, "run", lambda **given: asked.update(given) or [row])
+    flags = ["--quick", "--dtype", "float32", "--rows", 4, "--threads", 2]
+    assert command("bench", "sparse24", *flags, "--json").json == [row]
+    assert asked == {"quick": True, "dtypes": ["float32"], "tokens": [4], "threads": 2}
+    assert "2.00×" in command("bench", "sparse24", *flags).out
+    monkeypatch.setattr(sparse24, "run_capped", lambda isa, **given: [{**row, "isa": isa}])
+    assert command("bench", "sparse24", "--isa", "avx2", "--json").json[0]["isa"] == "avx2"
+    found = {
+        "rows": [{"dtype": "float32", "M": 8, "permuted_us": 1.0, "lanes_us": 2.0}],
+        "from": {"float32": 32},
+    }
+    monkeypatch.setattr(sparse24, "tune", lambda threads: found)
+    assert command("bench", "tune", "--json").json == found
+    assert "float32: lanes from M = 32" in command("bench", "tune").out

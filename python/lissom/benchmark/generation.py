@@ -223,7 +223,7 @@ def _contenders(
     variants = [dense, Variant("onednn", prepacked), packed]
     if options.compiled:
         compiled = _swap(dense.model, lambda m: None)
-        compiled.forward = torch.compile(compiled.forward, dynamic=True)
+        compiled.forward = torch.compile(compiled.forward, dynamic=True, options={"freezing": True})
         variants.insert(2, Variant("compiled", compiled))
     return variants
 
