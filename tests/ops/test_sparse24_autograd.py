@@ -94,6 +94,14 @@ def test_sampled_and_dense_products(dtype, m, n, k):
     assert relative_error(sampled, exact, scale, roundings=2) <= ACCUMULATION
 
 
+def test_parts_of_a_float16_gradient_may_overflow():
+    w = torch.zeros(600, 32, dtype=torch.float16)
+    w[:300, 0], w[300:, 0] = 1, -1
+    packed = ops.sparse24_pack(*ops.sparse24_compress(w))
+    dy = torch.full((1, 600), 300.0, dtype=torch.float16)  # parts of 256 rows give 76800
+    assert not ops.sparse24_grad_input(dy, packed, 600, 32).any()
+
+
 def test_strided_gradients():
     values, meta, packed = form(20, 36)
     dy = leaf(20, 9, seed=5).detach().t()

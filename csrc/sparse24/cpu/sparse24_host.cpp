@@ -24,7 +24,9 @@ using at::Tensor;
 
 constexpr int64_t kMostSize = int64_t{1} << 30;  // of N and K in a header: bytes then stay inside int64
 constexpr int64_t kRowGrain = 64;
-constexpr int64_t kDenseBlock = 256;  // rows of W that the backward pass holds as dense
+constexpr int64_t kPackGrain = 2;                 // tiles of x
+constexpr int64_t kLeastWork = int64_t{1} << 18;  // multiply-adds that are worth a thread
+constexpr int64_t kDenseBlock = 256;              // rows of W that the backward pass holds as dense
 
 DType element_type(const char* op, const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -266,13 +268,14 @@ void run_linear(const Linear& problem, const Tensor& like) {
   // Pairs of panels are the unit, so that a split between threads does not break a pair.
   const int64_t count = panels(problem.n), pairs = (count + 1) / 2;
   const int64_t work = problem.m * problem.k * 32;  // multiply-adds of a pair
-  parallel(pairs, std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(work, 1)),
-           [&](int64_t b, int64_t e) {
-             const size_t bytes = path.scratch_bytes(problem);
-             const Tensor own = workspace(like, bytes);
-             path.run(problem, packed_x.const_data_ptr(), 2 * b, std::min(2 * e, count),
-                      own.mutable_data_ptr());
-           });
+  const int64_t grain = std::max<int64_t>(1, kLeastWork / std::max<int64_t>(work, 1));
+  const int64_t own_bytes = (static_cast<int64_t>(path.scratch_bytes(problem)) + 63) / 64 * 64;
+  const Tensor scratch = workspace(like, static_cast<size_t>(own_bytes * at::get_num_threads()));
+  char* first = static_cast<char*>(scratch.mutable_data_ptr());
+  const void* x = packed_x.const_data_ptr();
+  parallel(pairs, grain, [&](int64_t b, int64_t e) {
+    path.run(problem, x, 2 * b, std::min(2 * e, count), first + own_bytes * at::get_thread_num());
+  });
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const c10::optional<Tensor>& bias,
@@ -368,7 +371,9 @@ Tensor grad_input(const Tensor& dy, const Tensor& packed, int64_t n, int64_t k) 
       unpack_panels(records, t, block, b, e);
       decompress_rows(block, w.mutable_data_ptr(), b * kPanelRows, std::min(e * kPanelRows, here));
     });
-    sum.add_(at::mm(rows.narrow(1, first, here), w));
+    const Tensor part = rows.narrow(1, first, here);
+    // A part may leave the range of float16 even if the sum does not.
+    sum.add_(t == DType::f16 ? at::mm(part.to(at::kFloat), w.to(at::kFloat)) : at::mm(part, w));
   }
   return sum.to(dy.scalar_type()).reshape(shape);
 }
