@@ -132,7 +132,8 @@ Tensor decompress(const Tensor& values_in, const Tensor& meta_in, int64_t k) {
   require_legal_meta("sparse24_decompress", meta, k);
   Tensor w = at::empty({values.size(0), k}, values.options());
   const Canonical in = canonical(values, meta);
-  parallel(in.n, kRowGrain, [&](int64_t b, int64_t e) { decompress_rows(in, w.mutable_data_ptr(), b, e); });
+  void* out = w.mutable_data_ptr();
+  parallel(in.n, kRowGrain, [&](int64_t b, int64_t e) { decompress_rows(in, out, b, e); });
   return w;
 }
 
@@ -248,9 +249,10 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 // packed x, or an undefined tensor where the path cannot take this x.
 Tensor pack_x(const Path& path, const Linear& problem, const Tensor& like) {
   const Tensor packed_x = workspace(like, path.x_bytes(problem));
+  void* out = packed_x.mutable_data_ptr();
   std::atomic<bool> fits{true};
-  parallel(path.x_tiles(problem), 1, [&](int64_t b, int64_t e) {
-    if (!path.pack_x(problem, b, e, packed_x.mutable_data_ptr()))
+  parallel(path.x_tiles(problem), kPackGrain, [&](int64_t b, int64_t e) {
+    if (!path.pack_x(problem, b, e, out))
       fits.store(false, std::memory_order_relaxed);
   });
   return fits ? packed_x : Tensor();
