@@ -238,6 +238,12 @@ def test_sizes_in_a_header_are_not_believed(n, k):
         ops.sparse24_unpack(header(n=n, k=k), n, k)
 
 
+def test_a_size_that_wraps_around_is_not_believed():
+    """2^32 panels of 2^26 records of 17 * 2^6 bytes are 0 modulo 2^64: a bare header would seem complete."""
+    with pytest.raises(RuntimeError, match="sparse24_unpack: packed is damaged: its header says"):
+        ops.sparse24_unpack(header(n=2**36, k=2**31)[:64], 2**36, 2**31)
+
+
 def test_forged_metadata_in_a_packed_buffer_stays_in_bounds(kernel):
     """Kernels index with two-bit fields only: any bytes behind a right header give numbers, never a fault."""
     values, meta = ops.sparse24_compress(random_sparse24(37, 72, dtype=kernel.dtype))
