@@ -85,22 +85,20 @@ def _grid(axes: _Axes) -> list[Markup]:
 
 
 def _roof(axes: _Axes, gbps: float, gflops: float) -> list[Markup]:
-    start, ridge, right = max(axes.x[0], axes.y[0] / gbps), 2 * gflops / gbps, axes.x[1]
-    x, y = axes.at(gflops / gbps, gflops)  # left of the slanted line no kernel can be
-    return [
-        axes.line((start, start * gbps), (ridge, 2 * gflops), "roof"),
-        axes.line((gflops / gbps, gflops), (right, gflops), "roof"),
-        axes.line((ridge, 2 * gflops), (right, 2 * gflops), "roof dashed"),
-        label(f"memory {gbps:.0f} GB/s", x, y + 4, "note", anchor="end", dx=-12),
-        label(f"dense arithmetic {gflops:.0f} GFLOP/s", "100%", y + 15, "note", anchor="end"),
-        label(
-            f"2:4 arithmetic {2 * gflops:.0f} GFLOP/s",
-            "100%",
-            axes.at(right, 2 * gflops)[1] - 6,
-            "note",
-            anchor="end",
-        ),
+    start, knee, right = max(axes.x[0], axes.y[0] / gbps), gflops / gbps, axes.x[1]
+    middle = math.sqrt(start * knee)
+    shapes = [
+        axes.line((start, start * gbps), (2 * knee, 2 * gflops), "roof"),
+        axes.line((knee, gflops), (right, gflops), "roof"),
+        axes.line((2 * knee, 2 * gflops), (right, 2 * gflops), "roof dashed"),
     ]
+    x, y = axes.at(middle, middle * gbps)
+    shapes.append(label(f"memory {gbps:.0f} GB/s", x, y + 22, "note", dx=14))
+    # Left of the slanted line no kernel can be: the names of the ceilings end where these begin.
+    for at, name in ((knee, "dense arithmetic"), (2 * knee, "2:4 arithmetic")):
+        x, y = axes.at(at, at * gbps)
+        shapes.append(label(f"{name} {at * gbps:.0f} GFLOP/s", x, y + 4, "note", anchor="end", dx=-12))
+    return shapes
 
 
 def _links(axes: _Axes, points: Sequence[Point]) -> list[Markup]:
