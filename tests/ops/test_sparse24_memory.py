@@ -172,7 +172,8 @@ def test_the_interpreter_lock_is_released():
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs /proc")
 def test_set_num_threads_is_honoured():
-    """With one thread no worker of torch's pool gains CPU time."""
+    """With one thread no worker of torch's pool gains CPU time; with two, one does."""
+    lissom.set_cpu_isa("portable")
     n, k, m = 1024, 1024, 128
     packed = ops.sparse24_pack(*ops.sparse24_compress(random_sparse24(n, k)))
     x = torch.ones(m, k)
@@ -194,6 +195,11 @@ def test_set_num_threads_is_honoured():
     for _ in range(10):
         assert torch.equal(ops.sparse24_linear(x, packed, n, k), wanted)
     assert cpu_of_others() - before <= 1
+    torch.set_num_threads(2)
+    before = cpu_of_others()
+    for _ in range(40):  # about a second of work: many ticks of 10 ms for a worker, were there one
+        ops.sparse24_linear(x, packed, n, k)
+    assert cpu_of_others() - before >= 5
 
 
 # --- more than 2^31 elements: a few GiB each
