@@ -252,8 +252,7 @@ Tensor pack_x(const Path& path, const Linear& problem, const Tensor& like) {
   void* out = packed_x.mutable_data_ptr();
   std::atomic<bool> fits{true};
   parallel(path.x_tiles(problem), kPackGrain, [&](int64_t b, int64_t e) {
-    if (!path.pack_x(problem, b, e, out))
-      fits.store(false, std::memory_order_relaxed);
+    if (!path.pack_x(problem, b, e, out)) fits.store(false, std::memory_order_relaxed);
   });
   return fits ? packed_x : Tensor();
 }

@@ -57,9 +57,8 @@ class Sparse24Linear(nn.Linear):
         meta = torch.empty(out_features, meta_columns(in_features), dtype=torch.uint8, device=made.device)
         self.register_buffer("weight_meta", meta)
         self.register_buffer("packed", None, persistent=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=made.device, dtype=made.dtype)) if bias else None
-        )
+        offset = torch.empty(out_features, device=made.device, dtype=made.dtype) if bias else None
+        self.register_parameter("bias", None if offset is None else nn.Parameter(offset))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

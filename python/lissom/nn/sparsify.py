@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -37,8 +38,9 @@ def _as_linear(module: nn.Module) -> nn.Linear | None:
         return None if isinstance(module, Sparse24Linear) else module
     if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
         return None
-    linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(module.weight.detach().t(), requires_grad=False), module.bias
+    conv: Any = module
+    linear = nn.Linear(conv.weight.shape[0], conv.weight.shape[1], bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t(), requires_grad=False), conv.bias
     return linear.train(module.training)
 
 

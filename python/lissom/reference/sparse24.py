@@ -6,6 +6,8 @@ Registered for every device that has no kernel of its own. Values are moved as t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -269,7 +271,8 @@ def activate(y: Tensor, act: str) -> Tensor:
         return F.gelu(y, approximate="tanh")
     if act not in ACTIVATIONS:
         raise ValueError(f"lissom::sparse24_linear: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[act](y)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+    return functions[act](y)
 
 
 def linear(
