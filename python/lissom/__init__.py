@@ -19,13 +19,24 @@ _LAZY = {
     "save": "lissom.hf.save",
     "compress": "lissom.run",
 }
-_MODULES = ("benchmark", "evaluation", "hf", "models", "nn", "ops", "pruning", "reference", "reporting", "testing")
+_MODULES = (
+    "benchmark",
+    "evaluation",
+    "hf",
+    "models",
+    "nn",
+    "ops",
+    "pruning",
+    "reference",
+    "reporting",
+    "testing",
+)
 
 __all__ = ["build_info", "compress", "cpu_info", "cpu_isa", "prune", "save", "set_cpu_isa", "sparsify"]
 
 if TYPE_CHECKING:
     from lissom.hf.save import save
-    from lissom.nn import sparsify
+    from lissom.nn.sparsify import sparsify
     from lissom.pruning import prune
     from lissom.run import compress
 
