@@ -87,6 +87,7 @@ def test_a_dense_model_named_packed_is_refused():
         generation.run(TINY, packed=TINY, options=QUICK)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own():
     options = GenerationOptions(prompt=4, new_tokens=2, rounds=1, threads=1, memory=True)
     found = generation.run(TINY, options=options)
