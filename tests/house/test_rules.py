@@ -47,10 +47,9 @@ def test_functions_take_few_positional_parameters(library):
         names = [
             a.arg for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")
         ]
-        decorated = {ast.unparse(d) for d in function.decorator_list}
         # An operator's twin, fake and wrapper take what its schema says, a benchmark its pytest parameters.
         follows_schema = {"reference", "ops"} & set(library.parts) or function.name.startswith("test_")
-        if len(names) > MAX_POSITIONAL and not follows_schema and not any(".command" in d for d in decorated):
+        if len(names) > MAX_POSITIONAL and not follows_schema:
             wide.append(f"{function.name}({', '.join(names)})")
     assert not wide, f"more than {MAX_POSITIONAL} positional parameters: {wide}"
 
