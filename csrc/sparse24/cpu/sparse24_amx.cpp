@@ -26,10 +26,12 @@ constexpr int64_t kLead = 3;                       // records between expansion 
 
 int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
 
-// packed x: [tile of 16 tokens][record][16 tokens][32] bf16: an A tile is 1 KiB in a row. (Read straight from x, rows a
+// packed x: [tile][record][token][32] bf16, 16 tokens a tile, fewer if there are fewer: an A tile lies in a row. (Read straight from x, rows a
 // multiple of 4 KiB apart would fall into one L1 set.)
+int64_t tile_tokens(const Linear& p) { return p.m < kTokens ? p.m : kTokens; }
+int64_t x_record(const Linear& p) { return tile_tokens(p) * 64; }  // bytes
 int64_t x_tiles(const Linear& p) { return token_tiles(p.m); }
-size_t x_bytes(const Linear& p) { return static_cast<size_t>(token_tiles(p.m) * records(p.k) * kTileBytes); }
+size_t x_bytes(const Linear& p) { return static_cast<size_t>(token_tiles(p.m) * records(p.k) * x_record(p)); }
 
 // Where K is short, a pair of panels is expanded once for all token tiles; else records pass through a ring in L1.
 int64_t slots(const Linear& p) {
@@ -43,8 +45,8 @@ bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 non_finite = 0;
   for (int64_t t = tile_begin; t < tile_end; ++t) {
-    char* out = static_cast<char*>(packed_x) + t * count * kTileBytes;
-    for (int64_t r = 0; r < kTokens; ++r) {
+    char* out = static_cast<char*>(packed_x) + t * count * x_record(p);
+    for (int64_t r = 0; r < tile_tokens(p); ++r) {
       const int64_t m = t * kTokens + r;
       const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.ldx;
       for (int64_t j = 0; j < count; ++j) {
@@ -53,7 +55,7 @@ bool pack_x(const Linear& p, int64_t tile_begin, int64_t tile_end, void* packed_
                                 : left <= 0 ? __mmask32{0}
                                             : (__mmask32{1} << left) - 1;
         const __m512i v = _mm512_maskz_loadu_epi16(valid, x + j * kRecordColumns);
-        _mm512_store_si512(out + j * kTileBytes + r * 64, v);
+        _mm512_store_si512(out + j * x_record(p) + r * 64, v);
         non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(v, exponent), exponent);
       }
     }
@@ -150,7 +152,7 @@ struct Weights {
 template <int A, int B>
 void product(const Linear& p, const char* x, const Weights& weights, int64_t m0, int64_t n0) {
   const Expander e = make_expander();
-  const int64_t count = records(p.k), x_next = count * kTileBytes;
+  const int64_t count = records(p.k), x_step = x_record(p), x_next = count * x_step;
   const int64_t next_panel = panel_bytes(p.k, DType::bf16);
   const int64_t lead = weights.ready ? 0 : kLead;
   int64_t in = 0, out_slot = 0;
@@ -183,7 +185,7 @@ void product(const Linear& p, const char* x, const Weights& weights, int64_t m0,
       if (A > 1) _tile_loadd(6, x, 64);
       _tile_dpbf16ps(1, 6, 7);
     }
-    x += kTileBytes;
+    x += x_step;
   }
   float out[A * B * kTileFloats];
   store_sums<A, B>(out);
@@ -214,7 +216,7 @@ struct Job {
 void group_times_pair(const Job& job, int64_t t, int64_t tiles, int64_t a, int64_t panel_end, bool ready) {
   const Linear& p = job.p;
   const Weights w = {p.records + a * panel_bytes(p.k, DType::bf16), job.expanded, slots(p), ready};
-  const char* x = job.x + t * records(p.k) * kTileBytes;
+  const char* x = job.x + t * records(p.k) * x_record(p);
   if (a + 1 < panel_end)
     product_of<2>(tiles, p, x, w, t * kTokens, a * kPanelRows);
   else

@@ -24,6 +24,8 @@ using at::Tensor;
 
 constexpr int64_t kMostSize = int64_t{1} << 30;  // of N and K in a header: bytes then stay inside int64
 constexpr int64_t kRowGrain = 64;
+constexpr int64_t kPage = 4096;
+constexpr int64_t kGuardPages = 4;                // between the scratch of two threads
 constexpr int64_t kPackGrain = 2;                 // tiles of x
 constexpr int64_t kLeastWork = int64_t{1} << 18;  // multiply-adds that are worth a thread
 constexpr int64_t kDenseBlock = 256;              // rows of W that the backward pass holds as dense
@@ -270,12 +272,16 @@ void run_linear(const Linear& problem, const Tensor& like) {
   const int64_t count = panels(problem.n), pairs = (count + 1) / 2;
   const int64_t work = problem.m * problem.k * 32;  // multiply-adds of a pair
   const int64_t grain = std::max<int64_t>(1, kLeastWork / std::max<int64_t>(work, 1));
-  const int64_t own_bytes = (static_cast<int64_t>(path.scratch_bytes(problem)) + 63) / 64 * 64;
-  const Tensor scratch = workspace(like, static_cast<size_t>(own_bytes * at::get_num_threads()));
-  char* first = static_cast<char*>(scratch.mutable_data_ptr());
+  // Whole pages a thread: the hardware prefetchers run to the end of a page, and would pull a neighbour's lines away.
+  const int64_t own_pages =
+      (static_cast<int64_t>(path.scratch_bytes(problem)) + kPage - 1) / kPage + kGuardPages;
+  const Tensor scratch =
+      workspace(like, static_cast<size_t>((own_pages * at::get_num_threads() + 1) * kPage));
+  const auto base = (reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
   const void* x = packed_x.const_data_ptr();
   parallel(pairs, grain, [&](int64_t b, int64_t e) {
-    path.run(problem, x, 2 * b, std::min(2 * e, count), first + own_bytes * at::get_thread_num());
+    void* own = reinterpret_cast<void*>(base + own_pages * kPage * at::get_thread_num());
+    path.run(problem, x, 2 * b, std::min(2 * e, count), own);
   });
 }
 
