@@ -22,7 +22,7 @@ from lissom.benchmark import machine, sparse24
 @pytest.mark.parametrize("k, n", sparse24.SHAPES)
 @pytest.mark.parametrize("dtype", sparse24.DTYPES)
 def test_linear(
-    benchmark: Callable[..., Any], dtype: str, k: int, n: int, tokens: int, contender: str
+    benchmark: Callable[..., Any], *, dtype: str, k: int, n: int, tokens: int, contender: str
 ) -> None:
     calls = sparse24.contenders(getattr(torch, dtype), tokens, n, k)
     if contender not in calls:

@@ -71,7 +71,7 @@ std::string path_name(const std::string& dtype, int64_t m) {
   return sparse24::choose_path(cpu_isa(), type_from_name(dtype), m).name;
 }
 
-// For tests and `--tune` only: every path must be right on every core, not just the one that the table picks.
+// For tests and `lissom bench tune` only: every path must be right on every core, not just the one that the table picks.
 void force_path(const std::string& name) {
   if (!sparse24::force_path(name.c_str()))
     throw py::value_error("lissom._C.force_path: no path is called '" + name + "'");

@@ -25,7 +25,7 @@ bool set_cpu_isa(CpuIsa isa);  // false if this CPU lacks the tier
 
 // Which kernel wins depends on the ports of the core, not on its instruction set. One row a kind of core: the number of
 // tokens M from which each family's alternative path is the faster one. Measured rows name their machine in
-// docs/kernels/; `lissom bench sparse24 --tune` prints the row of an unknown core.
+// docs/kernels/; `lissom bench tune` prints the row of an unknown core.
 struct CorePlan {
   const char* core;
   bool measured;

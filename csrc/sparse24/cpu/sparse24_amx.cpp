@@ -16,10 +16,10 @@ constexpr int64_t kTokens = 16;  // rows of a tile
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileFloats = 256;
 constexpr int64_t kBytes = record_bytes(DType::bf16);
-constexpr int64_t kPrefetchAhead = 12288;
+constexpr int64_t kPrefetchAhead = 4096;
 constexpr int64_t kMostTiles = 3;  // token tiles whose sums, with two panels, fit the tile registers
 constexpr int64_t kTokenBlockBytes = 1024 * 1024;  // packed x of a block of tokens, kept in L2
-constexpr int64_t kPanelBlockBytes = 768 * 1024;   // packed W of a block of panels, kept in L2
+constexpr int64_t kPanelBlockBytes = 1024 * 1024;  // packed W of a block of panels, kept in L2
 constexpr int64_t kStripBytes = 64 * 1024;         // expanded pair of panels
 constexpr int64_t kRing = 4;                       // expanded records in flight
 constexpr int64_t kLead = 3;                       // records between expansion and product
@@ -259,11 +259,8 @@ void run_panel_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
 void run(const Linear& p, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch) {
   const Job job = {p, static_cast<const char*>(packed_x), static_cast<char*>(scratch)};
   configure(p.m < kTokens ? p.m : kTokens);
-  // W comes from memory, x from the cache: beyond two passes of W, passes of x are the cheaper ones.
-  const bool few_blocks = token_tiles(p.m) <= 2 * tokens_block(p);
-  const bool kept = slots(p) >= records(p.k);
-  few_blocks || kept ? run_token_blocks(job, panel_begin, panel_end)
-                     : run_panel_blocks(job, panel_begin, panel_end);
+  slots(p) >= records(p.k) ? run_token_blocks(job, panel_begin, panel_end)
+                           : run_panel_blocks(job, panel_begin, panel_end);
   _tile_release();
 }
 
