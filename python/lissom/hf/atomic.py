@@ -66,6 +66,9 @@ def replacing_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         fresh.chmod(0o777 & ~_umask())
         yield fresh
+        for file in fresh.rglob("*"):  # safetensors writes files that only their owner may read
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         _sync(fresh)
         if _has_checkpoint(target):
             _carry_over(target, fresh)
