@@ -26,8 +26,8 @@ constexpr int64_t kLead = 3;                       // records between expansion 
 
 int64_t token_tiles(int64_t m) { return (m + kTokens - 1) / kTokens; }
 
-// packed x: [tile][record][token][32] bf16, 16 tokens a tile, fewer if there are fewer: an A tile lies in a row. (Read straight from x, rows a
-// multiple of 4 KiB apart would fall into one L1 set.)
+// packed x: [tile][record][token][32] bf16, 16 tokens a tile, fewer if there are fewer: an A tile lies in a row. (Read
+// straight from x, rows a multiple of 4 KiB apart would fall into one L1 set.)
 int64_t tile_tokens(const Linear& p) { return p.m < kTokens ? p.m : kTokens; }
 int64_t x_record(const Linear& p) { return tile_tokens(p) * 64; }  // bytes
 int64_t x_tiles(const Linear& p) { return token_tiles(p.m); }
@@ -229,8 +229,7 @@ int64_t tokens_block(const Linear& p) {  // token tiles, whole groups
   return rows * (fit < 1 ? 1 : fit);
 }
 
-// A block of tokens, its packed x in L2, meets panel after panel: W passes by once a block. Where K is short a pair of
-// panels is expanded once for the block.
+// K short: a block of tokens, its packed x in L2, meets pair after pair of panels, each expanded once for the block.
 void run_token_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
   const int64_t tiles = token_tiles(job.p.m), block = tokens_block(job.p),
                 rows = equal_tiles(tiles, kMostTiles).rows;
@@ -243,7 +242,7 @@ void run_token_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
   }
 }
 
-// A block of panels comes from memory once and stays in L2 while every group of token tiles passes by.
+// K long: a block of panels comes from memory once and stays in L2 while every group of token tiles passes by.
 void run_panel_blocks(const Job& job, int64_t panel_begin, int64_t panel_end) {
   const int64_t tiles = token_tiles(job.p.m), rows = equal_tiles(tiles, kMostTiles).rows;
   const int64_t fit = kPanelBlockBytes / panel_bytes(job.p.k, DType::bf16) / 2 * 2;
