@@ -23,7 +23,7 @@ constexpr int64_t kNever = INT64_MAX;
 // Two shuffle ports make permuted activations the best everywhere; on one shuffle port they lose to lanes over tokens
 // as soon as a few vectors of tokens share each decoded weight.
 constexpr CorePlan kPlans[] = {
-    {"AMD Zen 4/5", true, true, kNever, kNever, kNever},
+    {"AMD Zen 4/5", false, true, kNever, kNever, kNever},
     {"Intel Golden Cove family", true, false, 28, 28, 28},
     {"unknown AVX-512 core", false, false, 48, 48, 48},
     {"AVX2 core", true, false, 12, 12, 12},
