@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .taps import Seen, Tap
 from .walk import ModelMap
 
 Hook = Callable[[torch.Tensor, torch.Tensor | None], None]
@@ -53,13 +54,13 @@ class BlockStream:
     Args:
         model: transformers model in eval mode.
         parts: its map, from `describe`.
-        input_ids: LongTensor [S, T].
-        attention_mask: [S, T], non-zero where a token is real; None when there is no padding.
+        inputs: what the model is called with (`input_ids`, `pixel_values`, ...), each [S, ...]; an
+            `attention_mask` [S, T] in it is non-zero where a token is real.
         batch: sequences per forward pass; None: as many as make about 4096 tokens (faster than more: the
             activations of a block stay near the caches).
 
     Example:
-        >>> stream = BlockStream(model, describe(model), ids)       # doctest: +SKIP
+        >>> stream = BlockStream(model, describe(model), {"input_ids": ids})    # doctest: +SKIP
         >>> stream.advance()                                        # doctest: +SKIP
         >>> stream.hidden.shape                                     # doctest: +SKIP
         torch.Size([64, 1024, 576])
@@ -69,7 +70,7 @@ class BlockStream:
         self,
         model: nn.Module,
         parts: ModelMap,
-        input_ids: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor] | torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
         batch: int | None = None,
@@ -79,11 +80,15 @@ class BlockStream:
         self.hidden: torch.Tensor  # [S, T, d], inputs of block `index`
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1 sequence, got {batch}")
-        batch = batch or max(1, BATCH_TOKENS // input_ids.shape[1])
-        self._bounds = [(low, min(low + batch, len(input_ids))) for low in range(0, len(input_ids), batch)]
-        self._mask = None if attention_mask is None else attention_mask.bool()
+        given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+        mask = given.pop("attention_mask", attention_mask)
+        first = next(iter(given.values()))
+        batch = batch or max(1, BATCH_TOKENS // first.shape[1])
+        self._bounds = [(low, min(low + batch, len(first))) for low in range(0, len(first), batch)]
+        self._mask = None if mask is None else mask.bool()
+        self._torn = False
         self._calls: list[list[_Call]] = []
-        self._record(model, input_ids)
+        self._record(model, given)
 
     @property
     def tokens(self) -> int:
@@ -92,7 +97,92 @@ class BlockStream:
             int(self._mask.sum()) if self._mask is not None else self.hidden.shape[0] * self.hidden.shape[1]
         )
 
-    @torch.inference_mode()
+    def inputs(self, groups: Sequence[str], *, advance: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Run the current block batch by batch and show what its linears read.
+
+        Args:
+            groups: names of groups of the current block (`LinearRef.group`).
+            advance: run each batch to its end and keep the outputs: when the iterator is exhausted, the
+                stream stands in front of the next block. Without it a batch ends behind the last tap needed.
+
+        Yields:
+            For each batch, group name -> its input tokens [N, C], real tokens only, in token order; valid
+            until the next step of the iterator.
+
+        Raises:
+            ValueError: a group that the current block does not have.
+            RuntimeError: a module was not called once per token.
+        """
+        block = self.parts.blocks[self.index]
+        taps = {tap: [group for group in tap.groups if group in set(groups)] for tap in block.taps}
+        unknown = set(groups).difference(*taps.values())
+        if unknown:
+            raise ValueError(f"{block.name} has no group {min(unknown)!r}; it has {', '.join(self.groups())}")
+        return self._inputs({tap: wanted for tap, wanted in taps.items() if wanted}, advance)
+
+    def groups(self) -> list[str]:
+        """Names of the groups of the current block, in running order."""
+        return [group for tap in self.parts.blocks[self.index].taps for group in tap.groups]
+
+    @torch.no_grad()
+    def _inputs(self, taps: dict[Tap, list[str]], advance: bool) -> Iterator[dict[str, torch.Tensor]]:
+        complete = not advance
+        try:
+            for number, (low, high) in enumerate(self._bounds):
+                shown: dict[str, torch.Tensor] = {}
+                out = self._tapped(number, taps, shown, stop=not advance)
+                yield shown
+                # Behind the yield: an input may be a view of the hidden states (post-norm blocks).
+                if out is not None:
+                    self.hidden[low:high] = out
+            complete = True
+        finally:
+            self._torn = self._torn or not complete
+        if advance:
+            for calls in self._calls:
+                calls[self.index] = _Call((), {})
+            self.index += 1
+
+    def _tapped(
+        self, number: int, taps: dict[Tap, list[str]], shown: dict[str, torch.Tensor], *, stop: bool
+    ) -> torch.Tensor | None:
+        """Run one batch with hooks that put what the taps read into `shown`; None when it was cut short."""
+        if stop and not taps:
+            return None
+        low, high = self._bounds[number]
+        count = (high - low) * self.hidden.shape[1]
+        real = None if self._mask is None else self._mask[low:high].reshape(-1)
+
+        def show(tap: Tap, args: tuple[Any, ...], output: Any) -> None:
+            wanted = taps[tap]
+            if wanted[0] in shown:
+                raise RuntimeError(f"{wanted[0]} is called more than once in a forward pass of its block")
+            try:
+                shown.update(tap.read(Seen(args, output, count, real), wanted))
+            except RuntimeError as error:
+                raise RuntimeError(f"{wanted[0]} cannot be calibrated: {error}") from error
+            if stop and len(shown) == sum(len(groups) for groups in taps.values()):
+                raise _Stop
+
+        handles = [
+            tap.module.register_forward_hook(lambda _, args, output, tap=tap: show(tap, args, output))
+            if tap.after
+            else tap.module.register_forward_pre_hook(lambda _, args, tap=tap: show(tap, args, None))
+            for tap in taps
+        ]
+        try:
+            out = self._forward(number)
+        except _Stop:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [group for groups in taps.values() for group in groups if group not in shown]
+        if missing:
+            raise RuntimeError(f"{missing[0]} was never called in the forward pass of its block")
+        return out
+
+    @torch.no_grad()
     def observe(self, hooks: dict[nn.Module, Hook]) -> None:
         """Run the current block on its inputs and show chosen modules' inputs, without moving on.
 
@@ -132,14 +222,11 @@ class BlockStream:
                 f"{self.parts.blocks[self.index].name}: {missing} was never called in its forward pass"
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and move to the next block."""
-        for number, (low, high) in enumerate(self._bounds):
-            self.hidden[low:high] = self._forward(number)
-        for calls in self._calls:
-            calls[self.index] = _Call((), {})
-        self.index += 1
+        for _ in self.inputs((), advance=True):
+            pass
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The hidden states batch by batch, each with its mask of real tokens [B * T] or None."""
@@ -147,18 +234,21 @@ class BlockStream:
             yield self.hidden[low:high], None if self._mask is None else self._mask[low:high].reshape(-1)
 
     def _forward(self, number: int) -> torch.Tensor:
+        if self._torn:
+            raise RuntimeError("an advancing pass was left half way: the hidden states are of two blocks")
         low, high = self._bounds[number]
         call = self._calls[number][self.index]
         out = self.parts.blocks[self.index].module(self.hidden[low:high], *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    @torch.inference_mode()
-    def _record(self, model: nn.Module, input_ids: torch.Tensor) -> None:
+    @torch.no_grad()
+    def _record(self, model: nn.Module, given: dict[str, torch.Tensor]) -> None:
         base = model.get_submodule(self.parts.base)
         first = []
         by_size: dict[int, list[_Call]] = {}
         for low, high in self._bounds:
-            inputs = {"input_ids": input_ids[low:high], "use_cache": False}
+            inputs: dict[str, Any] = {name: tensor[low:high] for name, tensor in given.items()}
+            inputs["use_cache"] = False
             if self._mask is not None:
                 inputs["attention_mask"] = self._mask[low:high].long()
             with self._recorders() as (hidden, calls):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from .taps import Tap
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,12 +84,17 @@ class LinearRef:
         module: the `nn.Linear`, or transformers' Conv1D.
         group: name of its input; linears of one group read the same activations and share one Gram matrix.
         shared_with: name of another module that holds the same Parameter, if any.
+        routed: it sees only the tokens that a router sends to it, perhaps none.
+        pool: name shared by the groups whose statistics may be summed where one of them saw few tokens (the
+            experts of one layer); None when the group stands alone.
     """
 
     name: str
     module: Any
     group: str
     shared_with: str | None = None
+    routed: bool = False
+    pool: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,11 +136,19 @@ class LinearRef:
 
 @dataclass(frozen=True)
 class Block:
-    """One repeated block of the model: its name, its module and its linear layers in running order."""
+    """One repeated block of the model.
+
+    Attributes:
+        name: full module name.
+        module: the block.
+        linears: its linear layers, in running order.
+        taps: where the input of each group of them is seen, in running order.
+    """
 
     name: str
     module: nn.Module
     linears: list[LinearRef]
+    taps: tuple[Tap, ...]
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,8 @@ def describe(model: nn.Module) -> ModelMap:
     stack: Any = base_model.get_submodule(family.blocks)
     for index, module in enumerate(stack):
         name = _join(base, f"{family.blocks}.{index}")
-        blocks.append(Block(name, module, _block_linears(name, module, family, holders)))
+        linears = _block_linears(name, module, family, holders)
+        blocks.append(Block(name, module, linears, _taps(linears)))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head_name = names.get(id(head), "")
     return ModelMap(
@@ -232,6 +248,11 @@ def _block_linears(
         label = f"{name}.{'+'.join(group)}"
         refs.append(_linear_ref(f"{name}.{path}", found[path], label, holders))
     return refs
+
+
+def _taps(linears: list[LinearRef]) -> tuple[Tap, ...]:
+    first = {linear.group: linear.module for linear in reversed(linears)}
+    return tuple(Tap(first[group], (group,)) for group in dict.fromkeys(linear.group for linear in linears))
 
 
 def _linear_ref(name: str, module: Any, group: str, holders: dict[int, list[str]]) -> LinearRef:
