@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose weights stay in its files and come into memory one block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..hf.atomic import replacing_directory
+from ..hf.checkpoint import CONFIG_NAME, check_folder, read_config
+from .origin import Origin, find_origins, load_buffers, skeleton, tie
+from .shards import ShardWriter, Stored, stored_tensors
+from .walk import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from ..hf.card import CardFacts
+    from ..hf.save import SaveReport
+
+# What of a model folder goes along with pruned weights, besides config.json.
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "lissom-*", "recipe.*")
+
+
+class Resident:
+    """A model and which of its weights are in memory.
+
+    Made from a model, everything is in memory: `load` and `release` do nothing. `Resident.open` makes the same
+    from a folder and leaves every parameter on the meta device until it is loaded; buffers (rotary frequencies
+    and the like) are real from the start.
+
+    Args:
+        model: a transformers model in memory.
+
+    Attributes:
+        model: the model.
+        folder: where its weights are; None when they are in memory.
+
+    Example:
+        >>> from lissom import assets
+        >>> resident = Resident.open(assets.TINY_LLAMA)
+        >>> layer = resident.model.model.layers[0]
+        >>> with resident.block(layer):
+        ...     print(layer.mlp.up_proj.weight.device)
+        cpu
+        >>> layer.mlp.up_proj.weight.device
+        device(type='meta')
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.folder: Path | None = None
+        self._stored: dict[str, Stored] = {}
+        self._origins: dict[str, Origin] = {}
+        self._index()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Resident:
+        """Open a model folder; of its weights only headers are read.
+
+        Args:
+            folder: with config.json and dense safetensors weights, in one file or several.
+            dtype: type of the weights in memory; None: as the config says, else as stored.
+
+        Returns:
+            The model in eval mode, its parameters on the meta device.
+
+        Raises:
+            CheckpointError: the folder is damaged or incomplete, or does not fit its config.
+            UnsupportedModelError: packed or quantised weights.
+        """
+        folder = Path(folder)
+        if read_config(folder).get("quantization_config") is not None:
+            raise UnsupportedModelError(
+                f"{folder} is quantised or packed (quantization_config): use the dense model"
+            )
+        check_folder(folder)
+        stored = stored_tensors(folder)
+        resident = cls(skeleton(folder, stored, dtype))
+        resident.folder = folder
+        resident._stored = stored
+        resident._origins = find_origins(resident.model, stored)
+        tie(resident.model, resident._origins)
+        load_buffers(resident.model, resident._origins)
+        resident._index()
+        return resident
+
+    def load(self, *parts: str | nn.Module) -> list[str]:
+        """Bring weights into memory; those that are there already stay as they are.
+
+        Args:
+            *parts: modules, or names of modules or parameters.
+
+        Returns:
+            Names of the parameters that were read.
+
+        Raises:
+            ValueError: the model has no such part.
+            CheckpointError: a file changed since it was opened.
+        """
+        read: list[str] = []
+        for name in self.names(*parts):
+            if name in read or not self._get(name).is_meta:
+                continue
+            origin = next(self._origins[alias] for alias in self._aliases[name] if alias in self._origins)
+            for target, tensor in origin.tensors(self.model, Stored.read).items():
+                first = self._first[target]
+                if self._get(first).is_meta:
+                    self._put(first, nn.Parameter(tensor, requires_grad=False))
+                    read.append(first)
+        return read
+
+    def release(self, *parts: str | nn.Module) -> None:
+        """Forget weights that can be read again; changes that were not written to an output are lost.
+
+        Args:
+            *parts: as for `load`.
+
+        Raises:
+            ValueError: the model has no such part.
+        """
+        self._forget(self.names(*parts))
+
+    @contextmanager
+    def block(self, *parts: str | nn.Module) -> Iterator[None]:
+        """Weights in memory for a while; those that were there before stay at the end.
+
+        Args:
+            *parts: as for `load`.
+        """
+        read = self.load(*parts)
+        try:
+            yield
+        finally:
+            self._forget(read)
+
+    def names(self, *parts: str | nn.Module) -> list[str]:
+        """The parameters of some parts, each once: a tied weight has one name.
+
+        Args:
+            *parts: as for `load`.
+
+        Returns:
+            Parameter names.
+
+        Raises:
+            ValueError: the model has no such part.
+        """
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        found: dict[str, None] = {}
+        for part in parts:
+            prefix = modules.get(id(part)) if isinstance(part, nn.Module) else part
+            if prefix is None or (prefix not in self._first and prefix not in modules.values()):
+                what = prefix if isinstance(part, str) else type(part).__name__
+                raise ValueError(f"{what} is no module or parameter of this {type(self.model).__name__}")
+            for name, first in self._first.items():
+                if not prefix or name == prefix or name.startswith(f"{prefix}."):
+                    found[first] = None
+        return list(found)
+
+    def rest(self, blocks: Iterable[nn.Module]) -> list[str]:
+        """The parameters that lie in none of some modules: embeddings and norms, when given blocks and head.
+
+        Args:
+            blocks: modules of the model.
+
+        Returns:
+            Parameter names.
+        """
+        inside = set(self.names(*blocks))
+        return [name for name in self.names("") if name not in inside]
+
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and bytes of all weights, as they are in the folder or in memory."""
+        found = hashlib.sha256()
+        for name, each in sorted(self._stored.items()):
+            found.update(f"{name} {each.shape} {each.dtype}".encode())
+            for chunk in each.chunks():
+                found.update(chunk)
+        if self.folder is None:
+            for name, tensor in self.model.state_dict().items():
+                found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    @contextmanager
+    def saving(self, target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Output]:
+        """Writes a changed copy of the folder, block by block, in place of `target` once it is complete.
+
+        Every tensor keeps the name, shape and type that it has in the folder. What was not written in the body is
+        copied, tokenizer and other small files too. When the body raises, `target` is as it was before.
+
+        Args:
+            target: folder to write.
+            overwrite: allow replacing a model that is there.
+
+        Yields:
+            The output, to write changed blocks to.
+
+        Raises:
+            ValueError: the model is in memory (`lissom.save` writes it).
+            UnsupportedModelError: transformers changes tensors of this model on loading and cannot change them
+                back.
+            FileExistsError: `target` holds a model and `overwrite` is False.
+        """
+        if self.folder is None:
+            raise ValueError("saving needs a model opened from a folder; lissom.save writes one in memory")
+        for origin in dict.fromkeys(self._origins.values()):
+            origin.check_return(self.model)
+        with replacing_directory(Path(target), overwrite=overwrite) as folder:
+            output = Output(self, folder, Path(target))
+            yield output
+            output._finish()
+
+    def stored(self, *parts: str | nn.Module) -> dict[str, torch.Tensor]:
+        """Loaded weights under the names and in the types of the folder.
+
+        Args:
+            *parts: as for `load`; in memory.
+
+        Returns:
+            Tensors by stored name; they share memory with the model where nothing had to be converted.
+
+        Raises:
+            ValueError: a weight is not in memory.
+        """
+        wanted = set(self.names(*parts))
+        origins = dict.fromkeys(
+            origin for target, origin in self._origins.items() if self._first.get(target) in wanted
+        )
+        found: dict[str, torch.Tensor] = {}
+        for origin in origins:
+            targets = {target: self._get(target).detach() for target in origin.targets}
+            absent = [target for target, tensor in targets.items() if tensor.is_meta]
+            if absent:
+                raise ValueError(f"{absent[0]} is not in memory: load the whole block before writing it")
+            found |= origin.returned(self.model, targets)
+        return found
+
+    def _index(self) -> None:
+        # remove_duplicate=False lists a tied Parameter under each of its names; the first stands for all.
+        seen: dict[int, str] = {}
+        self._first: dict[str, str] = {}
+        self._aliases: dict[str, list[str]] = {}
+        self._empty: dict[str, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = self._first[name] = seen.setdefault(id(parameter), name)
+            self._aliases.setdefault(first, []).append(name)
+            self._empty.setdefault(first, parameter)
+
+    def _get(self, name: str) -> torch.Tensor:
+        parameter: torch.Tensor = self.model.get_parameter(name)
+        return parameter
+
+    def _put(self, first: str, parameter: nn.Parameter) -> None:
+        for name in self._aliases[first]:
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, parameter)
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self._empty[name].is_meta:
+                self._put(name, self._empty[name])
+
+
+class Output:
+    """A model folder in the making, from `Resident.saving`.
+
+    Attributes:
+        card: facts for the model card, if any.
+        report: what was written; None until the folder is complete.
+    """
+
+    def __init__(self, resident: Resident, folder: Path, target: Path) -> None:
+        self.card: CardFacts | None = None
+        self.report: SaveReport | None = None
+        self._resident = resident
+        self._folder = folder
+        self._target = target
+        self._shards = ShardWriter(folder)
+
+    def write(self, *parts: str | nn.Module) -> None:
+        """Write weights as they are in memory now, to one file.
+
+        Args:
+            *parts: modules or names, as for `Resident.load`; each weight once in a run.
+
+        Raises:
+            ValueError: a weight is not in memory, or was written before.
+        """
+        self._shards.add(self._resident.stored(*parts))
+
+    def _finish(self) -> None:
+        from ..hf.card import CardFacts, render_card
+        from ..hf.save import CARD_NAME, SaveReport
+
+        source = self._resident.folder
+        assert source is not None
+        done = self._shards.names
+        self._shards.copy(each for name, each in self._resident._stored.items() if name not in done)
+        self._shards.finish()
+        for file in _companions(source):
+            shutil.copyfile(file, self._folder / file.name)
+        config = self._config(source)
+        (self._folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        old = self._target / CARD_NAME
+        existing = old.read_text(encoding="utf-8") if old.is_file() else None
+        facts = self.card or CardFacts()
+        text = render_card(facts, config["lissom"], format="dense", packed_modules=0, existing=existing)
+        (self._folder / CARD_NAME).write_text(text, encoding="utf-8")
+        files = sorted(self._folder.iterdir())
+        size = sum(file.stat().st_size for file in files)
+        self.report = SaveReport(size, tuple(file.name for file in files), "dense", ())
+
+    def _config(self, source: Path) -> dict[str, Any]:
+        """The folder's own config.json, with what pruning left in `model.config.lissom`."""
+        import lissom
+
+        provenance = dict(getattr(self._resident.model.config, "lissom", None) or {})
+        return read_config(source) | {
+            "lissom": {"version": lissom.__version__} | provenance | {"format": "dense"}
+        }
+
+
+def _companions(folder: Path) -> list[Path]:
+    files = [file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()]
+    return sorted(file for file in files if not any(file.match(pattern) for pattern in _NOT_COMPANIONS))
