@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .parallel import Ranks
+
 _PANEL = 512  # columns per panel of the symmetric product: only panels on and above the diagonal are computed
 
 
@@ -54,38 +56,40 @@ class Gram:
     def __len__(self) -> int:
         return len(self._upper)
 
-    def add(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    def add(self, inputs: torch.Tensor) -> None:
         """Add a batch of layer inputs.
 
         Args:
-            inputs: [..., C] floating.
-            mask: bool, one entry per token of `inputs`, False for padding; None when all tokens are real.
+            inputs: [N, C] floating; padding left out.
 
         Raises:
             ValueError: an input is infinite or NaN, or has another width than the matrix.
         """
         columns = len(self._upper)
-        if inputs.shape[-1] != columns:
-            raise ValueError(f"{self.name}: inputs must be [..., {columns}], got {list(inputs.shape)}")
-        tokens = inputs.reshape(-1, columns)
-        if mask is not None:
-            tokens = tokens[mask]
-        # Products of bfloat16 inputs lose nothing when the operands are rounded to bfloat16 (they are
-        # bfloat16), so the fast units of the CPU give the float32 sum; every other type is multiplied in true
-        # float32.
-        precision = "bf16" if tokens.dtype == torch.bfloat16 else "ieee"
-        values = tokens if tokens.dtype == torch.float64 else tokens.float()
-        with matmul_precision(precision):
+        if inputs.shape[1:] != (columns,):
+            raise ValueError(f"{self.name}: inputs must be [tokens, {columns}], got {list(inputs.shape)}")
+        with _product(inputs) as values:
             for low in range(0, columns, _PANEL):
                 high = min(low + _PANEL, columns)
                 self._upper[low:high, low:] += values[:, low:high].t() @ values[:, low:]
-        self.tokens += len(tokens)
+        self.tokens += len(inputs)
         # |G_ij| <= sqrt(G_ii G_jj): the diagonal alone shows a non-finite input.
         if not torch.isfinite(self._upper.diagonal()).all():
             raise ValueError(
                 f"{self.name}: calibration inputs are infinite or NaN (overflow in an earlier layer?); "
                 "load the model in bfloat16 or float32"
             )
+
+    def merge(self, other: Gram, share: float = 1.0) -> None:
+        """Add another sum, or a share of it: as many of its tokens, of average size."""
+        self._upper.add_(other._upper, alpha=share)
+        self.tokens += round(other.tokens * share)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have seen."""
+        ranks.sum_(self._upper, upper=True)
+        tokens = torch.tensor([self.tokens])
+        self.tokens = int(ranks.sum_(tokens))
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The sum as a full symmetric matrix.
@@ -103,6 +107,42 @@ class Gram:
             raise ValueError(f"{self.name}: no calibration token reached this layer (is everything padding?)")
         upper = self._upper.triu()
         return (upper + upper.triu(1).t()).to(dtype)
+
+
+class CrossGram:
+    """Running sum of X_dense X^T: what a layer reads in the dense model against what it reads in the pruned one.
+
+    Args:
+        features: inputs of the layer, C.
+        device: where the sum lives.
+    """
+
+    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def add(self, dense: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add the same tokens [N, C] as both models see them."""
+        with _product(dense) as left, _product(inputs) as right:
+            self._sum += left.t() @ right
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have seen."""
+        ranks.sum_(self._sum)
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The sum, [C, C]; not symmetric."""
+        return self._sum.to(dtype)
+
+
+@contextmanager
+def _product(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Tokens in the type of a sum of products over them, and the precision that suits.
+
+    Products of bfloat16 inputs lose nothing when the operands are rounded to bfloat16 (they are bfloat16), so
+    the fast units of the CPU give the float32 sum; every other type is multiplied in true float32.
+    """
+    with matmul_precision("bf16" if tokens.dtype == torch.bfloat16 else "ieee"):
+        yield tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def check_gram(gram: torch.Tensor, columns: int, name: str) -> None:
@@ -129,31 +169,28 @@ def check_gram(gram: torch.Tensor, columns: int, name: str) -> None:
         raise ValueError(f"{wanted}, got entries that differ by {skew:.3g} across the diagonal")
 
 
-def inverse_factor(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
-    """Upper Cholesky factor U of the inverse of the damped matrix: inv(H + lambda I) = U^T U.
-
-    With H = R R^T for an upper triangular R (a Cholesky factorisation of H read backwards), U is the inverse
-    of R: one factorisation and one triangular inverse, and the inverse of H itself is never formed.
+def damped(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
+    """H + lambda I with lambda = damp * mean(diag(H)), raised until the matrix is positive definite.
 
     Args:
-        gram: [C, C] with a positive diagonal (dead inputs set to 1).
+        gram: H [C, C], symmetric; inputs that were zero on every token get a diagonal of 1.
         damp: lambda as a share of the mean diagonal.
         name: the layer, for warnings.
 
     Returns:
-        Tensor [C, C], upper triangular.
+        Tensor [C, C], positive definite.
 
     Raises:
         ValueError: the matrix is not positive definite even with damp 1.
     """
+    gram = gram.clone()
     mean = gram.diagonal().mean()
+    gram.diagonal()[gram.diagonal() == 0] = 1
     while True:
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0:
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        attempt = gram.clone()
+        attempt.diagonal().add_(damp * mean)
+        if torch.linalg.cholesky_ex(attempt).info.item() == 0:
+            return attempt
         if damp >= 1.0:
             raise ValueError(
                 f"{name}: the Gram matrix is not positive definite even with damp 1; check the inputs"
@@ -163,3 +200,20 @@ def inverse_factor(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
             f"{name}: Cholesky factorisation failed with damp {damp:g}; trying {raised:g}", stacklevel=2
         )
         damp = raised
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U, upper triangular, with inv(H) = U^T U.
+
+    U is the inverse of the *upper* triangular R of H = R R^T: a Cholesky factorisation read backwards and one
+    triangular inverse, without ever forming inv(H).
+
+    Args:
+        hessian: H [C, C], positive definite.
+
+    Returns:
+        Tensor [C, C], upper triangular.
+    """
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)

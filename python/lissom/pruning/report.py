@@ -19,6 +19,7 @@ class LayerReport:
         relative_error: ||W' X - W X||^2 / ||W X||^2 on the calibration tokens; None when none were given.
         seconds: its share of the time its group took to solve.
         dead_inputs: inputs that were zero on every calibration token.
+        damp: share of the mean diagonal that was added to the Gram matrix; None without one.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerReport:
     relative_error: float | None
     seconds: float
     dead_inputs: int = 0
+    damp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class PruneReport:
         total_parameters: parameters of the model.
         calibration: tokens and how they were chosen; empty for magnitude without data.
         seconds: whole run.
+        refit: how kept weights were solved for under the final mask; False when they were not.
+        blend: weight of the dense model's outputs in every layer's target.
     """
 
     method: str
@@ -94,6 +98,8 @@ class PruneReport:
     total_parameters: int
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    refit: bool | str = False
+    blend: float = 0.0
 
     @property
     def touched_share(self) -> float:

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 
-from .gram import check_gram, matmul_precision
-from .pattern import Pattern
+from .alps import prune_by_alps
+from .gram import check_gram, damped, matmul_precision
+from .mrp import prune_by_mrp
+from .pattern import Pattern, check_frozen
 from .problem import Options, Problem, Solution
+from .refit import refit, refit_exactly
 from .sparsegpt import prune_by_sparsegpt
 from .wanda import prune_by_magnitude, prune_by_wanda
 
@@ -18,7 +22,27 @@ METHODS: dict[str, Callable[[Problem], Solution]] = {
     "magnitude": prune_by_magnitude,
     "wanda": prune_by_wanda,
     "sparsegpt": prune_by_sparsegpt,
+    "mrp": prune_by_mrp,
+    "alps": prune_by_alps,
 }
+COMPENSATING = ("sparsegpt", "mrp", "alps")
+_SWEEPS = {prune_by_sparsegpt, prune_by_mrp}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the calibration inputs of a group of layers.
+
+    Attributes:
+        gram: H0 = X X^T [C, C] of the inputs that the pruned model makes, undamped.
+        cross: X_dense X^T [C, C], the inputs of the same tokens in the dense model against them; None when
+            the target is the layer's own output.
+        blend: weight of the dense model's outputs in the target, 0 to 1.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor | None = None
+    blend: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,19 +66,23 @@ def prune_weight(
     gram: torch.Tensor | None = None,
     *,
     pattern: str | float | Pattern,
-    method: str,
+    method: str = "alps",
     damp: float = 0.01,
     options: Options | None = None,
+    preserve: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Prune one weight matrix against the Gram matrix of its inputs. A pure function.
 
     Args:
         weight: [R, C] floating; rows are outputs, patterns run along the C inputs.
-        gram: H = X X^T [C, C] over calibration inputs, at any scale; "magnitude" needs none.
-        pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned).
-        method: "magnitude", "wanda" or "sparsegpt".
-        damp: lambda = damp * mean(diag(H)) is added to H before it is inverted.
-        options: block size, scope of comparison, order of the columns.
+        gram: H = X X^T [C, C] over calibration inputs, at any scale; "magnitude" can do without.
+        pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned), "2:4+70%" (2:4, then
+            more inside), "2:4t" (2:4 along rows and columns).
+        method: "magnitude", "wanda", "sparsegpt", "mrp" or "alps".
+        damp: lambda = damp * mean(diag(H)) is added to H before anything is solved.
+        options: refit, variant, block size, scope of comparison, order of the columns.
+        preserve: bool [R, C], True where a weight is pruned already and stays so; it counts towards the
+            pattern.
 
     Returns:
         Tensor [R, C] in the dtype of `weight`. Solved in float32 (float64 for float64) and cast last; with
@@ -63,37 +91,42 @@ def prune_weight(
     Raises:
         ValueError: shapes, values or options that cannot be pruned.
 
-    Source: Frantar and Alistarh, arXiv 2301.00774, algorithm 1; Sun et al., arXiv 2306.11695, equation 1.
+    Source: arXiv 2410.15567 (joint removal), 2406.07831 (alps), 2301.00774 (sparsegpt), 2306.11695 (wanda).
 
     Example:
         >>> prune_weight(torch.tensor([[4.0, -1.0, 2.0, 3.0]]), pattern="2:4", method="magnitude").tolist()
         [[4.0, 0.0, 0.0, 3.0]]
     """
     parsed = Pattern.parse(pattern)
-    solved = prune_group([weight], gram, pattern=parsed, method=method, damp=damp, options=options)
+    moments = None if gram is None else Moments(gram)
+    solved = prune_group(
+        [weight], moments, pattern=parsed, method=method, damp=damp, options=options, preserve=preserve
+    )
     return solved[0].weight
 
 
 @torch.no_grad()
 def prune_group(
     weights: Sequence[torch.Tensor],
-    gram: torch.Tensor | None,
+    moments: Moments | None,
     *,
     pattern: Pattern,
     method: str,
     damp: float = 0.01,
     options: Options | None = None,
+    preserve: torch.Tensor | None = None,
     name: str = "weight",
 ) -> list[Pruned]:
-    """Prune weights that read the same input together: one Gram matrix, one factorisation, one pass.
+    """Prune weights that read the same input together: one Hessian, one factorisation, one pass.
 
     Args:
         weights: matrices [R_i, C] of one dtype.
-        gram: H = X X^T [C, C], undamped; None only for "magnitude".
+        moments: of their inputs; None only for "magnitude".
         pattern: what to prune.
         method: key of METHODS.
         damp: as for `prune_weight`.
         options: as for `prune_weight`.
+        preserve: as for `prune_weight`, of the stacked weights [R, C].
         name: of the group, for messages.
 
     Returns:
@@ -106,25 +139,35 @@ def prune_group(
     check_damp(damp)
     for weight in weights:
         _check_weight(weight, pattern, name)
-    columns = weights[0].shape[1]
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    if gram is None and method != "magnitude":
+    if moments is None and method != "magnitude":
         raise ValueError(f"{name}: method {method!r} needs the Gram matrix H of the layer's inputs; got None")
-    if gram is not None:
-        check_gram(gram, columns, name)
-        gram = gram.to(dtype)
+    if moments is not None:
+        check_gram(moments.gram, weights[0].shape[1], name)
+    stacked = torch.cat([weight.to(dtype) for weight in weights])
+    if preserve is not None:
+        check_frozen(preserve, pattern, (len(stacked), stacked.shape[1]), name=name)
     if pattern.sparsity == 0:
         return [Pruned(weight.clone(), torch.zeros_like(weight, dtype=torch.bool), 0.0) for weight in weights]
     rows = tuple(len(weight) for weight in weights)
-    stacked = torch.cat([weight.to(dtype) for weight in weights])
     with matmul_precision("ieee"):
-        solution = solve(Problem(stacked, gram, pattern, rows, damp, options or Options(), name))
+        problem = _pose(
+            stacked,
+            moments,
+            rows=rows,
+            pattern=pattern,
+            damp=damp,
+            options=options or Options(),
+            frozen=preserve,
+            name=name,
+        )
+        solution = _solve(problem, solve)
         results = []
         for weight, solved, mask in zip(weights, solution.weight.split(rows), solution.pruned.split(rows)):
             # The cast comes last and the zeros are written after it, so that the error is that of the stored
             # weight.
             stored = solved.to(weight.dtype).masked_fill_(mask, 0)
-            error = None if gram is None else relative_error(weight, stored, gram)
+            error = None if moments is None else relative_error(weight, stored, moments.gram.to(dtype))
             results.append(Pruned(stored, mask, error))
     return results
 
@@ -147,6 +190,76 @@ def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tenso
     if whole <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / whole
+
+
+def _pose(
+    weight: torch.Tensor,
+    moments: Moments | None,
+    *,
+    rows: tuple[int, ...],
+    pattern: Pattern,
+    damp: float,
+    options: Options,
+    frozen: torch.Tensor | None,
+    name: str,
+) -> Problem:
+    """State the problem in the precision of the solve."""
+    if moments is None:
+        return Problem(weight, None, None, pattern, rows, frozen, options)
+    gram = moments.gram.to(weight.dtype)
+    norms = gram.diagonal().sqrt()
+    hessian = damped(gram, damp, name)
+    if moments.cross is not None and moments.blend > 0:
+        weight = blended_target(weight, gram, hessian, moments)
+    return Problem(weight * (norms > 0), hessian, norms, pattern, rows, frozen, options)
+
+
+def blended_target(
+    weight: torch.Tensor, gram: torch.Tensor, hessian: torch.Tensor, moments: Moments
+) -> torch.Tensor:
+    """The dense weight whose outputs on the pruned model's inputs come nearest to a blend of two targets.
+
+    To minimise || W' X - (1 - b) W X - b W X_dense ||^2 + lambda || W' - W ||^2 has the normal equations
+    W' H = W ((1 - b) X X^T + b X_dense X^T + lambda I), so W + b W (X_dense X^T - X X^T) inv(H) takes the
+    place of W in everything else: the rest of the objective is (W' - target) H (W' - target)^T.
+
+    Args:
+        weight: W [R, C].
+        gram: X X^T [C, C].
+        hessian: H = X X^T + lambda I.
+        moments: with `cross` and `blend`.
+
+    Returns:
+        Tensor [R, C].
+    """
+    assert moments.cross is not None
+    shift = weight @ (moments.cross.to(weight.dtype) - gram)
+    lower = torch.linalg.cholesky(hessian)
+    return weight + moments.blend * torch.cholesky_solve(shift.t(), lower).t()
+
+
+def _solve(problem: Problem, method: Callable[[Problem], Solution]) -> Solution:
+    """Mask and weights: the method's stages, then the refit."""
+    pattern = problem.pattern
+    whole = problem
+    if pattern.transposable and method in _SWEEPS:
+        # A pass over columns cannot choose along rows as well: the mask is Wanda's, the pass compensates.
+        problem = _within(problem, prune_by_wanda(problem).pruned)
+    elif pattern.raised and method in _SWEEPS | {prune_by_alps}:
+        bare = replace(pattern, sparsity=Fraction(pattern.pruned_per_group, pattern.group or 1))
+        problem = _within(problem, method(replace(problem, pattern=bare)).pruned)
+    solution = method(problem)
+    if not problem.options.refit or whole.hessian is None:
+        return solution
+    if problem.options.refit == "exact":
+        return Solution(refit_exactly(whole.weight, whole.hessian, solution.pruned), solution.pruned)
+    weight = refit(whole.weight, whole.hessian, solution.pruned, start=solution.weight)
+    return Solution(weight, solution.pruned)
+
+
+def _within(problem: Problem, pruned: torch.Tensor) -> Problem:
+    """The same problem with a first mask that stays, and the pattern's whole share left to prune."""
+    return replace(problem, pattern=Pattern(problem.pattern.sparsity), frozen=pruned)
 
 
 def find_method(method: str) -> Callable[[Problem], Solution]:
@@ -177,7 +290,7 @@ def _check_weight(weight: torch.Tensor, pattern: Pattern, name: str) -> None:
         )
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device and holds no values; load the model first")
-    obstacle = pattern.obstacle(weight.shape[1])
+    obstacle = pattern.obstacle(weight.shape[1], weight.shape[0])
     if obstacle:
         raise ValueError(f"{name}: pattern {pattern} does not fit: {obstacle}")
     if not torch.isfinite(weight).all():

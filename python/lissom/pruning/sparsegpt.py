@@ -33,19 +33,20 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
         raise ValueError(
             f"act_order reorders columns, which breaks the groups of pattern {pattern}; switch it off"
         )
-    assert problem.gram is not None, "prune_group checks it"
-    gram = problem.gram.clone()
-    dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = 1
+    assert problem.hessian is not None, "prune_group checks it"
+    hessian = problem.hessian
     # Columns are the rows of `weight` here [C, R]: the pass reads and writes contiguous memory.
     weight = problem.weight.t().clone(memory_format=torch.contiguous_format)
-    weight[dead] = 0
+    dead = None if problem.dead is None else problem.dead[:, None]
+    frozen = None if problem.frozen is None else problem.frozen.t()
     order = None
     if options.act_order:
-        order = gram.diagonal().argsort(descending=True, stable=True)
-        weight, gram, dead = weight[order], gram[order][:, order], dead[order]
-    factor = inverse_factor(gram, problem.damp, problem.name)
-    state = _Sweep(weight, torch.zeros_like(weight, dtype=torch.bool), factor, dead)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        weight, hessian = weight[order], hessian[order][:, order]
+        dead = None if dead is None else dead[order]
+        frozen = None if frozen is None else frozen[order]
+    factor = inverse_factor(hessian)
+    state = _Sweep(weight, torch.zeros_like(weight, dtype=torch.bool), factor, dead, frozen)
     group = pattern.group or 1
     width = -(-options.blocksize // group) * group
     for start in range(0, len(weight), width):
@@ -60,33 +61,42 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
 
 
 class _Sweep(NamedTuple):
-    """What the pass works on, columns first: weight and mask [C, R], U [C, C], dead inputs [C]."""
+    """What the pass works on, columns first: weight, mask [C, R], U [C, C], dead [C, 1], frozen [C, R]."""
 
     weight: torch.Tensor
     pruned: torch.Tensor
     factor: torch.Tensor
-    dead: torch.Tensor
+    dead: torch.Tensor | None
+    frozen: torch.Tensor | None
 
 
 def _prune_block(state: _Sweep, block: slice, problem: Problem) -> torch.Tensor:
     """Prune one block of columns in place; returns their errors [B, R], which the columns behind absorb."""
     pattern = problem.pattern
     tile, pruned = state.weight[block], state.pruned[block]
-    factor, dead = state.factor[block, block], state.dead[block, None]
+    factor = state.factor[block, block]
     scale = factor.diagonal()[:, None]
+    dead = None if state.dead is None else state.dead[block]
+    frozen = None if state.frozen is None else state.frozen[block]
 
     def scores(part: slice) -> torch.Tensor:
         # Dead inputs go first: their weights are zero already and must count towards the pattern.
-        return (tile[part] / scale[part]).square_().masked_fill_(dead[part], -1)
+        lost = (tile[part] / scale[part]).square_()
+        return lost if dead is None else lost.masked_fill_(dead[part], -1)
 
     if pattern.group is None:
         scope = problem.options.scope or "block"
-        pruned.copy_(mark_tile(scores(slice(None)).t(), block.start, pattern, problem.rows, scope=scope).t())
+        fixed = None if frozen is None else frozen.t()
+        marks = mark_tile(
+            scores(slice(None)).t(), block.start, pattern, problem.rows, scope=scope, frozen=fixed
+        )
+        pruned.copy_(marks.t())
     errors = torch.empty_like(tile)
     for column in range(len(tile)):
         if pattern.group is not None and column % pattern.group == 0:
             part = slice(column, column + pattern.group)
-            pruned[part] = mark_group(scores(part), pattern.pruned_per_group)
+            fixed = None if frozen is None else frozen[part]
+            pruned[part] = mark_group(scores(part), pattern.pruned_per_group, frozen=fixed)
         error = errors[column]
         torch.mul(tile[column], pruned[column], out=error).div_(factor[column, column])
         tile[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)

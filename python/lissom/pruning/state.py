@@ -113,14 +113,13 @@ class PruneState:
 
 
 def fingerprint(
-    model: nn.Module, tokens: torch.Tensor | None, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped.
 
     Args:
         model: the unpruned model; all its parameters and buffers enter.
-        tokens: calibration tokens [S, T].
-        mask: their mask, or None.
+        inputs: what the model is calibrated with, by name.
         arguments: everything else that decides the result, as plain values.
 
     Returns:
@@ -131,10 +130,9 @@ def fingerprint(
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(_bytes(tensor))
     data = hashlib.sha256()
-    for tensor in (tokens, mask):
-        if tensor is not None:
-            data.update(f"{tuple(tensor.shape)}".encode())
-            data.update(_bytes(tensor))
+    for name, tensor in inputs.items():
+        data.update(f"{name} {tuple(tensor.shape)}".encode())
+        data.update(_bytes(tensor))
     return {
         "model": weights.hexdigest(),
         "data": data.hexdigest(),

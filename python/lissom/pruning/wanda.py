@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from .pattern import mark
 from .problem import Problem, Solution
 
 
@@ -13,30 +10,22 @@ def prune_by_magnitude(problem: Problem) -> Solution:
     """Zero the weights of least absolute value; an unstructured pattern compares within a layer.
 
     Args:
-        problem: the layers and the pattern; the Gram matrix is not used.
+        problem: the layers and the pattern; statistics are not used.
 
     Returns:
         The weights as they are, and the mask.
     """
-    return _zero_lowest(problem, problem.weight.abs(), scope="layer")
+    return Solution(problem.weight, problem.mark(problem.weight.abs(), scope="layer"))
 
 
 def prune_by_wanda(problem: Problem) -> Solution:
     """Zero the weights of least |w_rj| ||X_j||_2; an unstructured pattern compares within a row.
 
     Args:
-        problem: the layers, the Gram matrix (its diagonal holds the squared input norms) and the pattern.
+        problem: the layers, the norms of their inputs and the pattern.
 
     Returns:
         The weights as they are, and the mask.
     """
-    assert problem.gram is not None, "prune_group checks it"
-    return _zero_lowest(problem, problem.weight.abs() * problem.gram.diagonal().sqrt(), scope="row")
-
-
-def _zero_lowest(problem: Problem, scores: torch.Tensor, *, scope: str) -> Solution:
-    options = problem.options
-    pruned = mark(
-        scores, problem.pattern, scope=options.scope or scope, rows=problem.rows, block=options.blocksize
-    )
-    return Solution(problem.weight, pruned)
+    assert problem.norms is not None, "prune_group checks it"
+    return Solution(problem.weight, problem.mark(problem.weight.abs() * problem.norms, scope="row"))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much to damp a Gram matrix: as usual, or what does best on held-out tokens when there are few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .gram import Gram, damped
+from .pattern import Pattern, mark
+from .refit import refit
+from .solver import relative_error
+
+USUAL_DAMP = 0.01
+FEW_TOKENS_DAMP = 0.1  # where no tokens can be held out
+_CANDIDATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, pattern: Pattern) -> float:
+    """The damping whose solution for either half of the tokens does best on the other half.
+
+    A Gram matrix of few tokens has directions that are small by chance; a solution that trusts them fits the
+    calibration tokens and nothing else. The probe is Wanda's mask with refitted weights: the more a method
+    compensates, the more damping it needs, and all methods end with the refit.
+
+    Args:
+        weights: matrices [R_i, C] that read the same input.
+        whole: Gram matrix of all tokens.
+        half: Gram matrix of about half of them.
+        pattern: what is pruned.
+
+    Returns:
+        One of 0.01, 0.03, 0.1, 0.3, 1.
+    """
+    first = half.matrix(torch.float32)
+    second = whole.matrix(torch.float32) - first
+    weight = torch.cat([each.float() for each in weights])
+    rows = tuple(len(each) for each in weights)
+    lost = dict.fromkeys(_CANDIDATES, 0.0)
+    for fitted, held_out in ((first, second), (second, first)):
+        scores = weight.abs() * fitted.diagonal().clamp_min(0).sqrt()
+        pruned = mark(scores, pattern, scope="row", rows=rows, block=128)
+        for damp in _CANDIDATES:
+            solved = refit(weight, damped(fitted, damp, whole.name), pruned)
+            lost[damp] += relative_error(weight, solved, held_out)
+    return min(lost, key=lambda damp: lost[damp])

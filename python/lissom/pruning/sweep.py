@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over the blocks of a model: collect statistics, solve, write, move on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..evaluation.data import Calibration
+from ..models.stream import BlockStream
+from ..models.walk import LinearRef, ModelMap
+from .damping import FEW_TOKENS_DAMP, USUAL_DAMP, choose_damp
+from .gram import CrossGram, Gram
+from .parallel import Ranks
+from .pattern import Pattern
+from .problem import Options
+from .report import BlockProgress, BlockReport, LayerReport
+from .selection import Selection, Step
+from .solver import COMPENSATING, Moments, Pruned, prune_group
+from .state import PruneState, fingerprint
+
+Progress = Callable[[BlockProgress], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the result of a run.
+
+    Attributes:
+        model: the model, in eval mode.
+        parts: its map.
+        selection: what is pruned, with which pattern.
+        method: key of `solver.METHODS`.
+        damp: share of the mean diagonal; None chooses.
+        blend: weight of the dense model's outputs in every layer's target.
+        options: of the method.
+        calibration: tokens; None for magnitude without data.
+        batch: sequences per forward pass.
+        ranks: the processes that share the run.
+    """
+
+    model: nn.Module
+    parts: ModelMap
+    selection: Selection
+    method: str
+    damp: float | None
+    blend: float
+    options: Options
+    calibration: Calibration | None
+    batch: int | None
+    ranks: Ranks
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a later run must repeat to go on with this one's state."""
+        arguments = {
+            "patterns": {name: str(pattern) for name, pattern in self.selection.patterns.items()},
+            "method": self.method,
+            "damp": self.damp,
+            "blend": self.blend,
+            **asdict(self.options),
+            "batch": self.batch,
+            "processes": self.ranks.size,
+            "layers": [linear.name for linear in self.selection.linears()],
+        }
+        return fingerprint(self.model, self.inputs, arguments)
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is called with; empty without calibration."""
+        if self.calibration is None:
+            return {}
+        mask = self.calibration.mask
+        return {"input_ids": self.calibration.tokens, **({} if mask is None else {"attention_mask": mask})}
+
+    @property
+    def tokens(self) -> int:
+        """Real calibration tokens of all processes."""
+        inputs = self.inputs
+        return (
+            int(inputs["attention_mask"].bool().sum())
+            if "attention_mask" in inputs
+            else inputs["input_ids"].numel()
+        )
+
+    def stream(self) -> BlockStream:
+        """This process's share of the calibration in front of the first block."""
+        device = next(self.model.parameters()).device
+        inputs = self.inputs
+        part = self.ranks.shard(len(next(iter(inputs.values()))))
+        shard = {name: values[part].to(device) for name, values in inputs.items()}
+        return BlockStream(self.model, self.parts, shard, batch=self.batch)
+
+
+class _Streams:
+    """Calibration inputs on their way through the model: as pruned so far, and as it was."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.pruned = run.stream()
+        # Until the first pruned weight both are one; the dense one is needed for a blended target only.
+        self.dense = run.stream() if run.blend > 0 else None
+        self._differ = False
+
+    def collect(self, step: Step) -> dict[str, _Statistics]:
+        """Statistics of the inputs of a step's layers, by group; the dense stream moves on behind the step."""
+        found = {group: _Statistics(self.run, linears) for group, linears in step.groups().items()}
+        if step.linears and step.linears[0] is self.run.parts.head:
+            self._collect_head(next(iter(found.values())))
+        elif self.dense is not None and not self._differ:
+            for shown in self.dense.inputs(list(found), advance=True):
+                for group, tokens in shown.items():
+                    found[group].add(tokens)
+        elif self.dense is not None:
+            both = zip(
+                self.dense.inputs(list(found), advance=True), self.pruned.inputs(list(found)), strict=True
+            )
+            for dense, shown in both:
+                for group, tokens in shown.items():
+                    found[group].add(tokens, dense[group])
+        else:
+            for shown in self.pruned.inputs(list(found)):
+                for group, tokens in shown.items():
+                    found[group].add(tokens)
+        for statistics in found.values():
+            statistics.finish(self.run.ranks)
+        self._differ = True
+        return found
+
+    def skip(self) -> None:
+        """Move the dense stream over a block whose pruned weights are known already, before they are written."""
+        if self.dense is not None:
+            self.dense.advance()
+        self._differ = True
+
+    def _collect_head(self, statistics: _Statistics) -> None:
+        tail = [self.run.model.get_submodule(name) for name in self.run.parts.tail]
+        for hidden, mask in self.pruned.batches():
+            for module in tail:
+                hidden = module(hidden)
+            tokens = hidden.reshape(-1, hidden.shape[-1])
+            statistics.add(tokens if mask is None else tokens[mask])
+
+
+class _Statistics:
+    """What is known about the input of one group of linears.
+
+    With few tokens (fewer than 2 per input) both halves of the tokens are kept apart, so that a damping can be
+    chosen by how a solution for one half does on the other.
+    """
+
+    def __init__(self, run: Run, linears: Sequence[LinearRef]) -> None:
+        first = linears[0]
+        columns, device = first.shape[1], first.weight().device
+        self.gram = Gram(columns, first.group, device=device)
+        self.pool = first.pool
+        self.routed = first.routed
+        self.cross = CrossGram(columns, device=device) if run.blend > 0 and not first.routed else None
+        self.half: Gram | None = None
+        if run.damp is None and not first.routed and run.tokens < 2 * columns:
+            self.half = Gram(columns, first.group, device=device)
+        self._crossed = False
+
+    def add(self, tokens: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        if len(tokens) == 0:
+            return
+        self.gram.add(tokens)
+        if self.half is not None:
+            self.half.add(tokens[: len(tokens) // 2])
+        if self.cross is not None and dense is not None:
+            self.cross.add(dense, tokens)
+            self._crossed = True
+
+    def finish(self, ranks: Ranks) -> None:
+        """Add up what all processes have seen."""
+        self.gram.sum_over(ranks)
+        if self.half is not None:
+            self.half.sum_over(ranks)
+        if self.cross is not None:
+            self.cross.sum_over(ranks)
+
+    def moments(self, run: Run, dtype: torch.dtype) -> Moments:
+        """What the solver wants."""
+        cross = self.cross.matrix(dtype) if self.cross is not None and self._crossed else None
+        return Moments(self.gram.matrix(dtype), cross, run.blend)
+
+
+def sweep(
+    run: Run, state: PruneState | None, on_progress: Progress | None
+) -> tuple[list[LayerReport], list[BlockReport]]:
+    """Prune the selected layers of a model in place, block after block.
+
+    Args:
+        run: what to do.
+        state: finished blocks; None keeps none.
+        on_progress: called after each block.
+
+    Returns:
+        Reports of layers and blocks, in running order.
+    """
+    steps = run.selection.steps
+    resumed = [state is not None and state.has(number) for number in range(len(steps))]
+    to_solve = [number for number, step in enumerate(steps) if step.linears and not resumed[number]]
+    streams = _Streams(run) if to_solve and run.calibration is not None else None
+    layers: list[LayerReport] = []
+    blocks: list[BlockReport] = []
+    for number, step in enumerate(steps):
+        clock = _Clock()
+        ahead = streams is not None and number < to_solve[-1]
+        statistics: dict[str, _Statistics] = {}
+        if streams is not None and number in to_solve:
+            statistics = streams.collect(step)
+        elif streams is not None and ahead:
+            streams.skip()
+        clock.lap("collect")
+        if state is not None and resumed[number]:
+            weights, reports = state.load(number)
+        else:
+            weights, reports = _solve_step(run, step, statistics)
+        for linear in step.linears:
+            linear.weight().copy_(weights[linear.name])
+        if state is not None and number in to_solve and run.ranks.rank == 0:
+            state.save(number, weights, reports)
+        clock.lap("solve")
+        if streams is not None and ahead:
+            streams.pruned.advance()
+        clock.lap("advance")
+        layers += reports
+        blocks.append(BlockReport(step.name, **clock.seconds))
+        if on_progress is not None:
+            on_progress(_progress(len(steps), blocks, resumed, reports))
+    return layers, blocks
+
+
+def _solve_step(
+    run: Run, step: Step, statistics: dict[str, _Statistics]
+) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
+    """Solve every group of a step, each on one process; all of them get all weights."""
+    groups = step.groups()
+    _pool(statistics)
+    costs = [float(sum(ref.shape[0] for ref in refs) * refs[0].shape[1] ** 2) for refs in groups.values()]
+    weights: dict[str, torch.Tensor | None] = {linear.name: None for linear in step.linears}
+    reports: list[LayerReport] = []
+    with run.ranks.section(f"solving {step.name}"):
+        for (group, linears), owner in zip(groups.items(), run.ranks.owners(costs), strict=True):
+            known = statistics.pop(group, None)
+            if owner != run.ranks.rank:
+                continue
+            for alike in _by_pattern(step, linears):
+                for linear, result, report in _solve_group(run, step.pattern_of(alike[0].name), alike, known):
+                    weights[linear.name] = result.weight
+                    reports.append(report)
+    found = run.ranks.exchange(weights)
+    told = {report.name: report for part in run.ranks.gather_objects(reports) for report in part}
+    return found, [told[linear.name] for linear in step.linears]
+
+
+def _by_pattern(step: Step, linears: Sequence[LinearRef]) -> list[list[LinearRef]]:
+    parts: dict[str, list[LinearRef]] = {}
+    for linear in linears:
+        parts.setdefault(str(step.pattern_of(linear.name)), []).append(linear)
+    return list(parts.values())
+
+
+def _pool(statistics: Mapping[str, _Statistics]) -> None:
+    """Fill up groups of a pool (experts of one layer) that saw few tokens with the average token of the pool."""
+    pools: dict[str, list[_Statistics]] = {}
+    for each in statistics.values():
+        if each.pool is not None:
+            pools.setdefault(each.pool, []).append(each)
+    for pool, members in pools.items():
+        short = [each for each in members if each.gram.tokens < 2 * len(each.gram)]
+        if not short:
+            continue
+        whole = Gram(len(members[0].gram), pool)
+        for each in members:
+            whole.merge(each.gram)
+        if whole.tokens == 0:
+            continue  # the solve says so
+        warnings.warn(
+            f"{pool}: {len(short)} of {len(members)} experts saw fewer than 2 tokens per input; statistics of "
+            "the layer's other experts fill them up",
+            stacklevel=2,
+        )
+        for each in short:
+            missing = 2 * len(each.gram) - each.gram.tokens
+            each.gram.merge(whole, min(1.0, missing / whole.tokens))
+
+
+def _solve_group(
+    run: Run, pattern: Pattern, linears: Sequence[LinearRef], statistics: _Statistics | None
+) -> Iterator[tuple[LinearRef, Pruned, LayerReport]]:
+    """Prune linears that share input and pattern; their results and reports."""
+    began = time.perf_counter()
+    originals = [linear.weight() for linear in linears]
+    dtype = torch.float64 if originals[0].dtype == torch.float64 else torch.float32
+    moments, damp, dead, method = None, USUAL_DAMP, 0, run.method
+    if statistics is not None and statistics.gram.tokens == 0:
+        warnings.warn(f"{linears[0].group} saw no calibration token; pruned by magnitude", stacklevel=2)
+        method = "magnitude"
+    elif statistics is not None:
+        moments = statistics.moments(run, dtype)
+        dead = int((moments.gram.diagonal() == 0).sum())
+        damp = _damping(run, pattern, originals, statistics)
+    solved = prune_group(
+        originals,
+        moments,
+        pattern=pattern,
+        method=method,
+        damp=damp,
+        options=run.options,
+        name=linears[0].group,
+    )
+    seconds = time.perf_counter() - began
+    rows = sum(linear.shape[0] for linear in linears)
+    for linear, result in zip(linears, solved, strict=True):
+        yield (
+            linear,
+            result,
+            LayerReport(
+                name=linear.name,
+                shape=linear.shape,
+                pattern=str(pattern),
+                sparsity=result.mask.sum().item() / result.mask.numel(),
+                relative_error=result.relative_error,
+                seconds=seconds * linear.shape[0] / rows,
+                dead_inputs=dead,
+                damp=damp if moments is not None else None,
+            ),
+        )
+
+
+def _damping(run: Run, pattern: Pattern, weights: Sequence[torch.Tensor], statistics: _Statistics) -> float:
+    """The damping asked for, or the one that suits the number of tokens."""
+    gram = statistics.gram
+    compensates = run.method in COMPENSATING or bool(run.options.refit)
+    if not compensates or gram.tokens >= 2 * len(gram):
+        return USUAL_DAMP if run.damp is None else run.damp
+    few = f"{gram.name}: {gram.tokens} calibration tokens for {len(gram)} inputs (fewer than 2 per input)"
+    if run.damp is not None:
+        warnings.warn(f"{few}; more tokens, or damp=None, would generalise better", stacklevel=2)
+        return run.damp
+    damp = FEW_TOKENS_DAMP
+    if statistics.half is not None and statistics.half.tokens:
+        damp = choose_damp(weights, gram, statistics.half, pattern)
+    warnings.warn(f"{few}; damp {damp:g} does best on held-out tokens", stacklevel=2)
+    return damp
+
+
+def _progress(
+    steps: int, blocks: list[BlockReport], resumed: list[bool], layers: list[LayerReport]
+) -> BlockProgress:
+    solved = [block.seconds for block, skipped in zip(blocks, resumed) if not skipped]
+    done = len(blocks)
+    return BlockProgress(
+        block=done,
+        blocks=steps,
+        name=blocks[-1].name,
+        seconds=blocks[-1].seconds,
+        elapsed=sum(block.seconds for block in blocks),
+        remaining=sum(solved) / max(len(solved), 1) * resumed[done:].count(False),
+        resumed=resumed[done - 1],
+        layers=layers,
+    )
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{name}_seconds"] = now - self._last
+        self._last = now
