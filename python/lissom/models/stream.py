@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .families import FAMILIES
 from .taps import Seen, Tap
 from .walk import ModelMap
 
@@ -18,6 +20,8 @@ Hook = Callable[[torch.Tensor, torch.Tensor | None], None]
 
 
 BATCH_TOKENS = 4096
+# With these inputs alone, what the model passes to its blocks beside the hidden states is the same for all.
+_ALIKE = {"input_ids", "pixel_values"}
 
 
 @contextmanager
@@ -54,8 +58,8 @@ class BlockStream:
     Args:
         model: transformers model in eval mode.
         parts: its map, from `describe`.
-        inputs: what the model is called with (`input_ids`, `pixel_values`, ...), each [S, ...]; an
-            `attention_mask` [S, T] in it is non-zero where a token is real.
+        inputs: tensors that the model is called with (`input_ids`, `pixel_values`, ...), each [S, ...]; an
+            `attention_mask` [S, T] among them is non-zero where a token is real.
         batch: sequences per forward pass; None: as many as make about 4096 tokens (faster than more: the
             activations of a block stay near the caches).
 
@@ -80,15 +84,15 @@ class BlockStream:
         self.hidden: torch.Tensor  # [S, T, d], inputs of block `index`
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1 sequence, got {batch}")
+        if any(module.training for module in model.modules()):
+            raise ValueError("the model is in training mode; call model.eval() first")
         given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
         mask = given.pop("attention_mask", attention_mask)
-        first = next(iter(given.values()))
-        batch = batch or max(1, BATCH_TOKENS // first.shape[1])
-        self._bounds = [(low, min(low + batch, len(first))) for low in range(0, len(first), batch)]
         self._mask = None if mask is None else mask.bool()
         self._torn = False
         self._calls: list[list[_Call]] = []
-        self._record(model, given)
+        self._bounds: list[tuple[int, int]] = []
+        self._record(model, given, batch)
 
     @property
     def tokens(self) -> int:
@@ -127,6 +131,7 @@ class BlockStream:
     @torch.no_grad()
     def _inputs(self, taps: dict[Tap, list[str]], advance: bool) -> Iterator[dict[str, torch.Tensor]]:
         complete = not advance
+        following = self.hidden
         try:
             for number, (low, high) in enumerate(self._bounds):
                 shown: dict[str, torch.Tensor] = {}
@@ -134,10 +139,13 @@ class BlockStream:
                 yield shown
                 # Behind the yield: an input may be a view of the hidden states (post-norm blocks).
                 if out is not None:
-                    self.hidden[low:high] = out
+                    if following.dtype != out.dtype:  # Mamba adds in float32 whatever the embedding's type
+                        following = torch.empty_like(self.hidden, dtype=out.dtype)
+                    following[low:high] = out
             complete = True
         finally:
             self._torn = self._torn or not complete
+        self.hidden = following
         if advance:
             for calls in self._calls:
                 calls[self.index] = _Call((), {})
@@ -242,37 +250,54 @@ class BlockStream:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def _record(self, model: nn.Module, given: dict[str, torch.Tensor]) -> None:
+    def _record(self, model: nn.Module, given: dict[str, torch.Tensor], batch: int | None) -> None:
         base = model.get_submodule(self.parts.base)
+        sequences = _common_length(given if self._mask is None else {**given, "attention_mask": self._mask})
+        if batch is None:
+            tokens = self._recorded(base, given, 0, 1)[0].shape[1]
+            batch = max(1, BATCH_TOKENS // tokens)
+        self._bounds = [(low, min(low + batch, sequences)) for low in range(0, sequences, batch)]
         first = []
         by_size: dict[int, list[_Call]] = {}
         for low, high in self._bounds:
-            inputs: dict[str, Any] = {name: tensor[low:high] for name, tensor in given.items()}
-            inputs["use_cache"] = False
-            if self._mask is not None:
-                inputs["attention_mask"] = self._mask[low:high].long()
-            with self._recorders() as (hidden, calls):
-                try:
-                    base(**inputs)
-                except _Stop:
-                    first.append(hidden[0])
-            self._calls.append(calls if self._mask is not None else by_size.setdefault(high - low, calls))
+            hidden, calls = self._recorded(base, given, low, high)
+            first.append(hidden)
+            alike = self._mask is None and given.keys() <= _ALIKE
+            self._calls.append(by_size.setdefault(high - low, calls) if alike else calls)
         self.hidden = torch.cat(first)
+
+    def _recorded(
+        self, base: nn.Module, given: dict[str, torch.Tensor], low: int, high: int
+    ) -> tuple[torch.Tensor, list[_Call]]:
+        """The first block's input for some sequences, and how the model calls each block on them."""
+        inputs: dict[str, Any] = {name: tensor[low:high] for name, tensor in given.items()}
+        if self._mask is not None:
+            inputs["attention_mask"] = self._mask[low:high].long()
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            inputs["use_cache"] = False
+        with self._recorders() as (hidden, calls):
+            try:
+                base(**inputs)
+            except _Stop:
+                return hidden[0], calls
+        called = f"{len(calls)} of {len(self.parts.blocks)} blocks"
+        raise RuntimeError(f"{type(base).__name__} called {called} in one forward pass")
 
     @contextmanager
     def _recorders(self) -> Iterator[tuple[list[torch.Tensor], list[_Call]]]:
         hidden: list[torch.Tensor] = []
         calls: list[_Call] = []
         modules = [block.module for block in self.parts.blocks]
+        returns_tuple = FAMILIES[self.parts.family].returns_tuple
 
-        def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def record(*args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
             states, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if not hidden:
                 hidden.append(states)
             calls.append(_Call(args, kwargs))
             if len(calls) == len(modules):
                 raise _Stop
-            return states
+            return (states,) if returns_tuple else states
 
         # An instance attribute shadows the class's method; one that was there before (accelerate) comes back.
         before = [module.__dict__.get("forward") for module in modules]
@@ -286,3 +311,12 @@ class BlockStream:
                     del module.forward
                 else:
                     module.forward = forward
+
+
+def _common_length(inputs: Mapping[str, torch.Tensor]) -> int:
+    lengths = {name: len(tensor) for name, tensor in inputs.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(
+            f"inputs must be tensors with the same number of sequences, one or more, got {lengths}"
+        )
+    return next(iter(lengths.values()))

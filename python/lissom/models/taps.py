@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+from .experts import matrix
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,63 @@ class Tap:
 
         Returns:
             Group name -> [N, C], in token order.
-        """
-        return {group: self._tokens(seen) for group in wanted}
 
-    def _tokens(self, seen: Seen) -> torch.Tensor:
-        return seen.tokens(seen.args[0])
+        Raises:
+            RuntimeError: the call does not hold one row per token.
+        """
+        return {group: seen.tokens(seen.args[0]) for group in wanted}
+
+
+@dataclass(frozen=True)
+class SliceTap(Tap):
+    """Reads the input of a linear that is never called off the output of the linear before it.
+
+    Attributes:
+        width: leading columns of the output of `module` that are the input.
+        norm: applied to them in between, or None.
+    """
+
+    width: int
+    norm: nn.Module | None
+    after: ClassVar[bool] = True
+
+    def read(self, seen: Seen, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        tokens = seen.tokens(seen.output)[:, : self.width]
+        return {group: tokens if self.norm is None else self.norm(tokens) for group in wanted}
+
+
+@dataclass(frozen=True)
+class ExpertsTap(Tap):
+    """Reads the inputs of fused experts: of each projection in front, the tokens that the router sends there.
+
+    `module` is called with (hidden states [B * T, C], indices of the chosen experts [B * T, k], ...).
+    `groups` holds one group per expert for gate_up_proj, then one per expert for down_proj; the input of
+    the latter is computed from that of the former as the module itself does.
+    """
+
+    def read(self, seen: Seen, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        experts = len(self.groups) // 2
+        tokens, choice = seen.tokens(seen.args[0]), seen.tokens(seen.args[1])
+        counts = choice.flatten().bincount(minlength=experts).tolist()
+        if len(counts) > experts:
+            raise RuntimeError(f"a token is routed to expert {len(counts) - 1} of {experts}")
+        # A stable sort by expert keeps the tokens of an expert in order.
+        rows = choice.flatten().argsort(stable=True) // choice.shape[1]
+        shown = {}
+        for number, mine in enumerate(rows.split(counts)):
+            gate_up, down = self.groups[number], self.groups[experts + number]
+            if gate_up in wanted or down in wanted:
+                routed = tokens[mine]
+            if gate_up in wanted:
+                shown[gate_up] = routed
+            if down in wanted:
+                shown[down] = self._between(number, routed)
+        return shown
+
+    def _between(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        """What one expert's down_proj reads, [N, I], for the tokens [N, C] that its gate_up_proj reads."""
+        module: Any = self.module
+        weight = matrix(module, "gate_up_proj", number)
+        bias = module.gate_up_proj_bias[number] if module.has_bias else None
+        out: torch.Tensor = module._apply_gate(F.linear(tokens.to(weight.dtype), weight, bias))
+        return out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the blocks and linear layers of a Hugging Face causal language model."""
+"""Finds the blocks and linear layers of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from .taps import Tap
+from . import experts
+from .families import COMPOSED, FAMILIES, Family
+from .taps import ExpertsTap, SliceTap, Tap
 
 if TYPE_CHECKING:
     import torch
@@ -19,95 +21,50 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where one architecture keeps its parts; all paths are relative to the base model or the block.
-
-    Attributes:
-        blocks: path of the list of blocks.
-        groups: linears of a block in the order they run; those in one tuple read the same input.
-        embed: paths of the embeddings.
-        tail: modules between the last block and the output layer, in order; absent ones are skipped.
-    """
-
-    blocks: str
-    groups: tuple[tuple[str, ...], ...]
-    embed: tuple[str, ...]
-    tail: tuple[str, ...]
-
-
-_LLAMA = Family(
-    blocks="layers",
-    groups=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    embed=("embed_tokens",),
-    tail=("norm",),
-)
-_OPT = Family(
-    blocks="decoder.layers",
-    groups=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("fc1",),
-        ("fc2",),
-    ),
-    embed=("decoder.embed_tokens", "decoder.embed_positions"),
-    tail=("decoder.final_layer_norm", "decoder.project_out"),
-)
-_GPT2 = Family(
-    blocks="h",
-    groups=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-    embed=("wte", "wpe"),
-    tail=("ln_f",),
-)
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "opt": _OPT,
-    "gpt2": _GPT2,
-}
-
-
-@dataclass(frozen=True)
 class LinearRef:
     """One linear layer of a model.
 
     Attributes:
-        name: full module name.
-        module: the `nn.Linear`, or transformers' Conv1D.
+        name: full module name; for an expert in a fused weight, the parameter's name and the expert's number.
+        module: the `nn.Linear`, or transformers' Conv1D, or the module that holds the fused weight.
         group: name of its input; linears of one group read the same activations and share one Gram matrix.
         shared_with: name of another module that holds the same Parameter, if any.
-        routed: it sees only the tokens that a router sends to it, perhaps none.
-        pool: name shared by the groups whose statistics may be summed where one of them saw few tokens (the
-            experts of one layer); None when the group stands alone.
+        expert: number of the expert in a fused weight, or None.
+        pool: name shared by the groups whose statistics may be summed where one of them saw few tokens (one
+            projection of the experts of one layer); None when the group stands alone.
+        aside: why a run leaves it alone unless `include` names it, or None.
     """
 
     name: str
     module: Any
     group: str
     shared_with: str | None = None
-    routed: bool = False
+    expert: int | None = None
     pool: str | None = None
+    aside: str | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether it sees only the tokens that a router sends to it, perhaps none."""
+        return self.expert is not None
+
+    @property
+    def stored(self) -> str:
+        """Full name of the parameter that holds the weight, perhaps beside those of other experts."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs) of the layer, whatever form the weight is stored in."""
-        if _is_conv1d(self.module):
-            inputs, outputs = self.parameter.shape
+        if self.expert is not None or _is_conv1d(self.module):
+            outputs, inputs = self._view().shape
             return outputs, inputs
         return int(self.module.out_features), int(self.module.in_features)
 
     @property
     def parameter(self) -> torch.Tensor:
-        """The weight as it is stored, in whatever form."""
-        return cast("torch.Tensor", self.module.weight)
+        """The parameter `stored`, in whatever form."""
+        return cast("torch.Tensor", getattr(self.module, self.stored.rpartition(".")[2]))
 
     def weight(self) -> torch.Tensor:
         """The weight as a view `[out, in]` that shares memory with the model (Conv1D is transposed).
@@ -121,17 +78,29 @@ class LinearRef:
         reason = self.obstacle()
         if reason is not None:
             raise UnsupportedModelError(f"{self.name} has no dense weight to read: {reason}")
-        weight = self.parameter.detach()
-        return weight.t() if _is_conv1d(self.module) else weight
+        return self._view()
 
     def obstacle(self) -> str | None:
         """Why the weight cannot be read or changed as a dense floating-point matrix, or None."""
         weight = self.parameter
+        expected = weight.shape if self.expert is not None else self.shape
         stored = tuple(weight.shape[::-1]) if _is_conv1d(self.module) else tuple(weight.shape)
-        if stored != self.shape or not weight.is_floating_point():
+        if stored != expected or not weight.is_floating_point():
             found = f"{type(self.module).__name__} stores {list(weight.shape)} {weight.dtype}"
             return f"{found} (packed or quantised); use the dense model"
         return None
+
+    def packing_obstacle(self) -> str | None:
+        """Why no packed module can take the layer's place, or None."""
+        if self.expert is not None:
+            return f"it is expert {self.expert} of the fused weight {self.stored}, not a module of its own"
+        return self.aside
+
+    def _view(self) -> torch.Tensor:
+        if self.expert is not None:
+            return experts.matrix(self.module, self.stored.rpartition(".")[2], self.expert)
+        weight = self.parameter.detach()
+        return weight.t() if _is_conv1d(self.module) else weight
 
 
 @dataclass(frozen=True)
@@ -158,10 +127,10 @@ class ModelMap:
     Attributes:
         family: the config's `model_type`.
         base: name of the base model inside the model ("" when the model is the base model).
-        blocks: the blocks, in depth order.
+        blocks: the blocks, in depth order; their linears may differ.
         embed: names of the embeddings.
         tail: names of the modules between the last block and the output layer.
-        head: the output layer, or None.
+        head: the output layer, or None (encoders).
     """
 
     family: str
@@ -187,7 +156,7 @@ def describe(model: nn.Module) -> ModelMap:
 
     Raises:
         UnsupportedModelError: an unknown architecture, or a known one with parts it should not have
-            (fused experts, adapters); the sentence names what was found.
+            (adapters, custom blocks); the sentence names what was found.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -205,60 +174,154 @@ def describe(model: nn.Module) -> ModelMap:
     base_model = getattr(model, "base_model", model)
     base = names[id(base_model)]
     holders = _parameter_holders(model)
-    blocks = []
-    stack: Any = base_model.get_submodule(family.blocks)
-    for index, module in enumerate(stack):
-        name = _join(base, f"{family.blocks}.{index}")
-        linears = _block_linears(name, module, family, holders)
-        blocks.append(Block(name, module, linears, _taps(linears)))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    stack: Any = _child(base_model, family.blocks)
+    if not isinstance(stack, nn.ModuleList) or not len(stack):
+        raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {_join(base, family.blocks)}")
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)() if family.head else None
     head_name = names.get(id(head), "")
     return ModelMap(
         family=kind,
         base=base,
-        blocks=blocks,
+        blocks=[
+            _Finder(_join(base, f"{family.blocks}.{index}"), module, family, holders).block()
+            for index, module in enumerate(stack)
+        ],
         embed=tuple(_join(base, path) for path in family.embed),
         tail=tuple(_join(base, path) for path in family.tail if _child(base_model, path) is not None),
-        head=_linear_ref(head_name, head, head_name, holders) if head_name else None,
+        head=LinearRef(head_name, head, head_name, _other_holder(head_name, head.weight, holders))
+        if head_name
+        else None,
     )
 
 
-def _block_linears(
-    name: str, block: nn.Module, family: Family, holders: dict[int, list[str]]
-) -> list[LinearRef]:
-    listed = {path: group for group in family.groups for path in group}
-    found = {path: module for path, module in block.named_modules() if _is_linear(module)}
-    fused = [path for path, parameter in block.named_parameters() if parameter.dim() == 3]
-    if fused:
-        raise UnsupportedModelError(
-            f"{name}.{fused[0]} is a fused 3-D weight (mixture-of-experts layers are not supported)"
-        )
-    for path in found:
-        if path not in listed:
+def packing_obstacles(model: nn.Module) -> dict[str, str]:
+    """The linear modules of a model that must stay dense because their block reads the weight without them.
+
+    Args:
+        model: any module; one that `describe` does not know has none.
+
+    Returns:
+        Module name -> reason.
+
+    Example:
+        >>> packing_obstacles(nn.Linear(2, 2))
+        {}
+    """
+    config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", None) or "")
+    paths = () if family is None else tuple(family.direct)
+    return {
+        name: _DIRECT
+        for name, module in model.named_modules()
+        if _is_linear(module) and name.endswith(tuple(f".{path}" for path in paths))
+    }
+
+
+_DIRECT = "its block multiplies by the weight without calling it, so no packed module could take its place"
+
+
+@dataclass
+class _Finder:
+    """Looks for the linears of one block."""
+
+    name: str
+    module: nn.Module
+    family: Family
+    holders: dict[int, list[str]]
+
+    def block(self) -> Block:
+        self._refuse_strangers()
+        refs: list[LinearRef] = []
+        taps: list[Tap] = []
+        for paths in self.family.groups:
+            present = self._present(paths)
+            if present:
+                label = f"{self.name}.{'+'.join(present)}"
+                refs += [self._ref(path, module, label) for path, module in present.items()]
+                taps.append(self._tap(label, *next(iter(present.items()))))
+        fused = self._experts()
+        if fused is not None:
+            routed = self._expert_refs(fused)
+            refs += routed
+            taps.append(ExpertsTap(fused, tuple(ref.group for ref in routed)))
+        if not refs:
             raise UnsupportedModelError(
-                f"{name}.{path} is a linear layer that this architecture does not usually have "
-                "(an adapter or a custom block): merge adapters into the model first"
+                f"{self.name} ({type(self.module).__name__}) has none of the linear layers of its architecture"
             )
-    refs = []
-    for path, group in listed.items():
-        if path not in found:
-            module = _child(block, path)
-            what = "missing" if module is None else f"a {type(module).__name__}, not a linear layer"
-            raise UnsupportedModelError(f"{name}.{path} is {what}: a dense, unquantised model is needed")
-        label = f"{name}.{'+'.join(group)}"
-        refs.append(_linear_ref(f"{name}.{path}", found[path], label, holders))
-    return refs
+        return Block(self.name, self.module, refs, tuple(taps))
 
+    def _present(self, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+        """The linears of a group that this block has: none of them, or all that it does not declare as None."""
+        found = {path: _child(self.module, path) for path in paths}
+        if all(module is None for module in found.values()):
+            return {}
+        for path, module in found.items():
+            if module is None and not _is_declared(self.module, path):
+                raise UnsupportedModelError(
+                    f"{self.name}.{path} is missing: a dense, unquantised model is needed"
+                )
+            if module is not None and not _is_linear(module):
+                raise UnsupportedModelError(
+                    f"{self.name}.{path} is a {type(module).__name__}, not a linear layer: a dense, "
+                    "unquantised model is needed"
+                )
+        return {path: module for path, module in found.items() if module is not None}
 
-def _taps(linears: list[LinearRef]) -> tuple[Tap, ...]:
-    first = {linear.group: linear.module for linear in reversed(linears)}
-    return tuple(Tap(first[group], (group,)) for group in dict.fromkeys(linear.group for linear in linears))
+    def _ref(self, path: str, module: Any, label: str) -> LinearRef:
+        name = f"{self.name}.{path}"
+        return LinearRef(
+            name,
+            module,
+            label,
+            _other_holder(name, getattr(module, "weight", None), self.holders),
+            aside=_DIRECT if path in self.family.direct else None,
+        )
 
+    def _tap(self, label: str, path: str, module: Any) -> Tap:
+        where = self.family.direct.get(path)
+        if where is None:
+            return Tap(module, (label,))
+        source = self.module.get_submodule(where.source)
+        return SliceTap(source, (label,), module.in_features, _child(self.module, where.norm))
 
-def _linear_ref(name: str, module: Any, group: str, holders: dict[int, list[str]]) -> LinearRef:
-    weight = getattr(module, "weight", None)
-    others = [holder for holder in holders.get(id(weight), []) if holder != name]
-    return LinearRef(name, module, group, others[0] if others else None)
+    def _experts(self) -> nn.Module | None:
+        return _child(self.module, self.family.experts) if self.family.experts else None
+
+    def _expert_refs(self, fused: nn.Module) -> list[LinearRef]:
+        """One layer per expert and projection: gate_up_proj of every expert, then down_proj of every expert."""
+        owner = f"{self.name}.{self.family.experts}"
+        number = experts.count(fused)
+        if number is None:
+            raise UnsupportedModelError(
+                f"{owner} ({type(fused).__name__}) does not hold gate_up_proj and down_proj as fused 3-D "
+                "weights: use transformers' own, dense experts"
+            )
+        refs = []
+        for projection in experts.PROJECTIONS:
+            shared = _other_holder(owner, getattr(fused, projection), self.holders)
+            pool = f"{owner}.{projection}"
+            for expert in range(number):
+                name = f"{pool}.{expert}"
+                refs.append(LinearRef(name, fused, name, shared, expert=expert, pool=pool))
+        return refs
+
+    def _refuse_strangers(self) -> None:
+        """Refuse a block with weights that its architecture does not have."""
+        listed = {path for group in self.family.groups for path in group} | self.family.never
+        for path, module in self.module.named_modules():
+            if _is_linear(module) and path not in listed:
+                raise UnsupportedModelError(
+                    f"{self.name}.{path} is a linear layer that this architecture does not usually have "
+                    "(an adapter or a custom block): merge adapters into the model first"
+                )
+            if path == self.family.experts or isinstance(module, nn.Conv1d):
+                continue
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    raise UnsupportedModelError(
+                        f"{self.name}.{_join(path, own)} is a fused 3-D weight that this architecture does "
+                        "not usually have: lissom does not know who reads it"
+                    )
 
 
 def _parameter_holders(model: nn.Module) -> dict[int, list[str]]:
@@ -270,16 +333,15 @@ def _parameter_holders(model: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
+def _other_holder(name: str, weight: Any, holders: dict[int, list[str]]) -> str | None:
+    return next((holder for holder in holders.get(id(weight), []) if holder != name), None)
+
+
 def _refusal(model: nn.Module, kind: str | None) -> str:
-    known = ", ".join(FAMILIES)
+    if kind in COMPOSED:
+        return f"model_type {kind!r} is {COMPOSED[kind]}"
     what = f"model_type {kind!r}" if kind else f"{type(model).__name__} (it has no config.model_type)"
-    if any(parameter.dim() == 3 and "expert" in name for name, parameter in model.named_parameters()):
-        return (
-            f"{what} keeps its experts in fused 3-D weights, which lissom cannot prune yet (known: {known})"
-        )
-    if kind and ("mamba" in kind or "rwkv" in kind):
-        return f"{what} is a state-space model, which lissom cannot prune yet (known: {known})"
-    return f"{what} is not an architecture that lissom knows how to walk (known: {known})"
+    return f"{what} is not an architecture that lissom knows how to walk (known: {', '.join(FAMILIES)})"
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -297,6 +359,12 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     for part in path.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def _is_declared(module: nn.Module, path: str) -> bool:
+    """Whether the block has the attribute, even if it is None."""
+    parent, _, name = path.rpartition(".")
+    return hasattr(_child(module, parent) if parent else module, name)
 
 
 def _join(base: str, path: str) -> str:
