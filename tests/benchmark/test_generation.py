@@ -104,3 +104,28 @@ def test_what_does_not_fit_is_refused():
         generation.run(TINY, options=GenerationOptions(prompt=1020, new_tokens=5))
     with pytest.raises(ValueError, match="shape must be one of llama-1b"):
         generation.random_model("llama-2b")
+
+
+def test_contenders_differ_in_the_packed_layers_only(monkeypatch):
+    models = {}
+    summary = generation._summary
+    monkeypatch.setattr(
+        generation,
+        "_summary",
+        lambda model, variants, options: (
+            models.update((v.name, v.model) for v in variants) or summary(model, variants, options)
+        ),
+    )
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(generation.SHAPES, "small", small)
+    generation.run("small", options=QUICK)
+    swapped = {
+        "onednn": [n for n, m in models["onednn"].named_modules() if isinstance(m, PrepackedLinear)],
+        "packed": [n for n, m in models["packed"].named_modules() if isinstance(m, Sparse24Linear)],
+    }
+    assert swapped["onednn"] == swapped["packed"] != []
+    heads = [m.get_output_embeddings() for m in models.values()]
+    assert all(type(head) is nn.Linear and head.weight is heads[0].weight for head in heads)
+    # F.linear copies the transpose of a weight that requires no gradient, or was made in inference mode.
+    assert heads[0].weight.requires_grad
+    assert not heads[0].weight.is_inference()
