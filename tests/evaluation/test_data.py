@@ -70,6 +70,27 @@ def test_tokens_pass_as_they_are():
     assert found.mask is None  # nothing is padded
     assert found.provenance()["seed"] is None
     assert found.source_sha256 != read_calibration(tokens + 1).source_sha256
+    assert found.source_sha256 == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def test_inputs_of_encoders_pass_as_they_are():
+    given = {"input_ids": torch.zeros(3, 4, dtype=torch.long), "token_type_ids": torch.ones(3, 4).long()}
+    found = read_calibration({**given, "attention_mask": torch.eye(3, 4)})
+    assert list(found.inputs) == ["input_ids", "token_type_ids", "attention_mask"]
+    assert (
+        found.source_sha256
+        != read_calibration({**given, "token_type_ids": 0 * given["input_ids"]}).source_sha256
+    )
+    images = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)}
+    found = read_calibration(images)
+    assert found.inputs == images
+    assert found.mask is None
+    assert found.provenance() | {"source_sha256": ""} == {
+        "source_sha256": "",
+        "samples": 2,
+        "size": [3, 8, 8],
+        "seed": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -104,3 +125,7 @@ def test_other_rejections(tokenizer, tmp_path):
         calibration_windows([TEXT], tokenizer, samples=0)
     with pytest.raises(ValueError, match=r"LongTensor \[S, T\], got \[4\]"):
         calibration_windows(torch.arange(4))
+    with pytest.raises(ValueError, match=r"one of input_ids, pixel_values, got \['images'\]"):
+        read_calibration({"images": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"equally many, got \{'pixel_values': 2, 'attention_mask': 1\}"):
+        read_calibration({"pixel_values": torch.zeros(2, 3), "attention_mask": torch.ones(1, 3)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to windows of tokens, for calibration."""
+"""Inputs of a model for calibration: windows of tokens from text, or tensors as they are."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ from typing import Any
 
 import torch
 
+_MAIN = ("input_ids", "pixel_values")
+
 Source = str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration tokens and where they come from.
+    """Calibration inputs and where they come from.
 
     Attributes:
-        tokens: LongTensor [S, T].
-        mask: [S, T], non-zero where a token is real; None without padding.
-        source_sha256: digest of the file, of the texts or of the tokens.
-        seed: of the draw from text; None for ready-made tokens.
+        inputs: what the model is called with: `input_ids` [S, T] or `pixel_values` [S, ...], and perhaps
+            `attention_mask` [S, T] (only where there is padding) and others, all [S, ...].
+        source_sha256: digest of the file, of the texts or of the tensors.
+        seed: of the draw from text; None for ready-made tensors.
     """
 
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
+    inputs: dict[str, torch.Tensor]
     source_sha256: str
     seed: int | None
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """LongTensor [S, T]; only text has it."""
+        return self.inputs["input_ids"]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """[S, T], non-zero where a token is real; None without padding."""
+        return self.inputs.get("attention_mask")
+
     def provenance(self) -> dict[str, Any]:
         """What a model's config keeps about its calibration."""
-        samples, seq_len = self.tokens.shape
-        return {
-            "source_sha256": self.source_sha256,
-            "samples": samples,
-            "seq_len": seq_len,
-            "seed": self.seed,
-        }
+        main = next(self.inputs[name] for name in _MAIN if name in self.inputs)
+        size = {"seq_len": main.shape[1]} if "input_ids" in self.inputs else {"size": list(main.shape[1:])}
+        return {"source_sha256": self.source_sha256, "samples": len(main), **size, "seed": self.seed}
 
 
 def calibration_windows(
@@ -86,15 +93,15 @@ def read_calibration(
     seed: int = 0,
     field: str = "text",
 ) -> Calibration:
-    """As `calibration_windows`, with padding mask and provenance; also takes a mapping with `input_ids`.
+    """As `calibration_windows`, with padding mask and provenance; also takes a mapping of model inputs.
 
     Args:
-        data: as for `calibration_windows`, or a mapping with `input_ids` and perhaps `attention_mask`, both
-            [S, T].
+        data: as for `calibration_windows`, or a mapping with `input_ids` [S, T] or `pixel_values` [S, ...], and
+            perhaps `attention_mask` [S, T] and whatever else the model is called with, each [S, ...].
         tokenizer, samples, seq_len, seed, field: as for `calibration_windows`.
 
     Returns:
-        Tokens, mask and provenance.
+        Inputs of the model and their provenance.
 
     Raises:
         ValueError: as for `calibration_windows`.
@@ -102,10 +109,11 @@ def read_calibration(
     if isinstance(data, torch.Tensor):
         data = {"input_ids": data}
     if isinstance(data, Mapping):
-        tokens, mask = data["input_ids"], data.get("attention_mask")
-        _check_tokens(tokens, mask)
-        digest = hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()
-        return Calibration(tokens, None if mask is None or bool(mask.all()) else mask, digest, None)
+        inputs = dict(data)
+        _check_inputs(inputs)
+        if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+            del inputs["attention_mask"]
+        return Calibration(inputs, _digest(inputs), None)
     if samples < 1 or seq_len < 2:
         raise ValueError(f"calibration needs samples >= 1 and seq_len >= 2, got {samples} and {seq_len}")
     if tokenizer is None:
@@ -116,7 +124,7 @@ def read_calibration(
     start = leading_token(tokenizer)
     if start is not None:
         windows[:, 0] = start
-    return Calibration(windows, None, digest, seed)
+    return Calibration({"input_ids": windows}, digest, seed)
 
 
 def read_texts(data: str | PathLike[str] | Sequence[str], *, field: str = "text") -> tuple[list[str], str]:
@@ -192,17 +200,31 @@ def _draw(stream: torch.Tensor, samples: int, seq_len: int, seed: int) -> torch.
     return stream[starts[:, None] + torch.arange(seq_len)]
 
 
-def _check_tokens(tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
-    if tokens.dim() != 2 or tokens.dtype != torch.long or tokens.numel() == 0:
+def _check_inputs(inputs: Mapping[str, torch.Tensor]) -> None:
+    if not any(name in inputs for name in _MAIN):
+        raise ValueError(f"calibration inputs must hold one of {', '.join(_MAIN)}, got {list(inputs)}")
+    lengths = {name: len(tensor) for name, tensor in inputs.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"calibration inputs must be equally many, got {lengths}")
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if tokens is not None and (tokens.dim() != 2 or tokens.dtype != torch.long or tokens.numel() == 0):
         raise ValueError(
             f"calibration tokens must be a LongTensor [S, T], got {list(tokens.shape)} {tokens.dtype}"
         )
-    if mask is not None and mask.shape != tokens.shape:
+    if tokens is not None and mask is not None and mask.shape != tokens.shape:
         raise ValueError(
             f"attention_mask must be {list(tokens.shape)} like input_ids, got {list(mask.shape)}"
         )
     if mask is not None and not mask.any():
         raise ValueError("attention_mask leaves no calibration token: everything is padding")
+
+
+def _digest(inputs: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        if name != "attention_mask":
+            digest.update(inputs[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _lines(content: str) -> list[tuple[int, str]]:

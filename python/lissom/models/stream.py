@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,8 @@ import torch
 from torch import nn
 
 from .families import FAMILIES
-from .taps import Seen, Tap
+from .taps import Seen, Tap, TapError
 from .walk import ModelMap
-
-Hook = Callable[[torch.Tensor, torch.Tensor | None], None]
-
 
 BATCH_TOKENS = 4096
 # With these inputs alone, what the model passes to its blocks beside the hidden states is the same for all.
@@ -74,8 +71,7 @@ class BlockStream:
         self,
         model: nn.Module,
         parts: ModelMap,
-        inputs: Mapping[str, torch.Tensor] | torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        inputs: Mapping[str, torch.Tensor],
         *,
         batch: int | None = None,
     ) -> None:
@@ -86,8 +82,8 @@ class BlockStream:
             raise ValueError(f"batch must be at least 1 sequence, got {batch}")
         if any(module.training for module in model.modules()):
             raise ValueError("the model is in training mode; call model.eval() first")
-        given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
-        mask = given.pop("attention_mask", attention_mask)
+        given = dict(inputs)
+        mask = given.pop("attention_mask", None)
         self._mask = None if mask is None else mask.bool()
         self._torn = False
         self._calls: list[list[_Call]] = []
@@ -118,18 +114,19 @@ class BlockStream:
             RuntimeError: a module was not called once per token.
         """
         block = self.parts.blocks[self.index]
-        taps = {tap: [group for group in tap.groups if group in set(groups)] for tap in block.taps}
-        unknown = set(groups).difference(*taps.values())
+        asked = set(groups)
+        taps = {tap: [group for group in tap.groups if group in asked] for tap in block.taps}
+        unknown = asked.difference(*taps.values())
         if unknown:
             raise ValueError(f"{block.name} has no group {min(unknown)!r}; it has {', '.join(self.groups())}")
-        return self._inputs({tap: wanted for tap, wanted in taps.items() if wanted}, advance)
+        return self._inputs({tap: wanted for tap, wanted in taps.items() if wanted}, advance=advance)
 
     def groups(self) -> list[str]:
         """Names of the groups of the current block, in running order."""
         return [group for tap in self.parts.blocks[self.index].taps for group in tap.groups]
 
     @torch.no_grad()
-    def _inputs(self, taps: dict[Tap, list[str]], advance: bool) -> Iterator[dict[str, torch.Tensor]]:
+    def _inputs(self, taps: dict[Tap, list[str]], *, advance: bool) -> Iterator[dict[str, torch.Tensor]]:
         complete = not advance
         following = self.hidden
         try:
@@ -167,7 +164,7 @@ class BlockStream:
                 raise RuntimeError(f"{wanted[0]} is called more than once in a forward pass of its block")
             try:
                 shown.update(tap.read(Seen(args, output, count, real), wanted))
-            except RuntimeError as error:
+            except TapError as error:
                 raise RuntimeError(f"{wanted[0]} cannot be calibrated: {error}") from error
             if stop and len(shown) == sum(len(groups) for groups in taps.values()):
                 raise _Stop
@@ -190,47 +187,6 @@ class BlockStream:
             raise RuntimeError(f"{missing[0]} was never called in the forward pass of its block")
         return out
 
-    @torch.no_grad()
-    def observe(self, hooks: dict[nn.Module, Hook]) -> None:
-        """Run the current block on its inputs and show chosen modules' inputs, without moving on.
-
-        A batch ends as soon as every hook was called: what lies behind the last observed module is not
-            computed.
-
-        Args:
-            hooks: module of the block -> function of (its input [..., C], mask of real tokens or None).
-
-        Raises:
-            RuntimeError: a module was never called during the block's forward pass.
-        """
-        for number in range(len(self._bounds)):
-            waiting = set(hooks)
-            low, high = self._bounds[number]
-            mask = None if self._mask is None else self._mask[low:high].reshape(-1)
-
-            def show(module: nn.Module, args: tuple[Any, ...], waiting=waiting, mask=mask) -> None:
-                hooks[module](args[0], mask)
-                waiting.discard(module)
-                if not waiting:
-                    raise _Stop
-
-            handles = [module.register_forward_pre_hook(show) for module in hooks]
-            try:
-                self._forward(number)
-            except _Stop:
-                continue
-            finally:
-                for handle in handles:
-                    handle.remove()
-            names = {
-                id(module): name for name, module in self.parts.blocks[self.index].module.named_modules()
-            }
-            missing = ", ".join(names.get(id(module), "?") for module in waiting)
-            raise RuntimeError(
-                f"{self.parts.blocks[self.index].name}: {missing} was never called in its forward pass"
-            )
-
-    @torch.no_grad()
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and move to the next block."""
         for _ in self.inputs((), advance=True):

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from .experts import matrix
 
 
+class TapError(RuntimeError):
+    """A module was called with something else than one row per token."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """One call of a tapped module.
@@ -34,11 +38,11 @@ class Seen:
         """The real tokens of [B, T, C] or [B * T, C] states, as [N, C].
 
         Raises:
-            RuntimeError: the states do not hold one row per token.
+            TapError: the states do not hold one row per token.
         """
         rows = states.reshape(-1, states.shape[-1])
         if len(rows) != self.count:
-            raise RuntimeError(f"its input has {len(rows)} rows where the batch has {self.count} tokens")
+            raise TapError(f"its input has {len(rows)} rows where the batch has {self.count} tokens")
         return rows if self.real is None else rows[self.real]
 
 
@@ -66,7 +70,7 @@ class Tap:
             Group name -> [N, C], in token order.
 
         Raises:
-            RuntimeError: the call does not hold one row per token.
+            TapError: the call does not hold one row per token.
         """
         return {group: seen.tokens(seen.args[0]) for group in wanted}
 
@@ -99,21 +103,22 @@ class ExpertsTap(Tap):
     """
 
     def read(self, seen: Seen, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-        experts = len(self.groups) // 2
+        experts, asked = len(self.groups) // 2, set(wanted)
         tokens, choice = seen.tokens(seen.args[0]), seen.tokens(seen.args[1])
         counts = choice.flatten().bincount(minlength=experts).tolist()
         if len(counts) > experts:
-            raise RuntimeError(f"a token is routed to expert {len(counts) - 1} of {experts}")
+            raise TapError(f"a token is routed to expert {len(counts) - 1} of {experts}")
         # A stable sort by expert keeps the tokens of an expert in order.
         rows = choice.flatten().argsort(stable=True) // choice.shape[1]
         shown = {}
         for number, mine in enumerate(rows.split(counts)):
             gate_up, down = self.groups[number], self.groups[experts + number]
-            if gate_up in wanted or down in wanted:
-                routed = tokens[mine]
-            if gate_up in wanted:
+            if not asked.intersection((gate_up, down)):
+                continue
+            routed = tokens[mine]
+            if gate_up in asked:
                 shown[gate_up] = routed
-            if down in wanted:
+            if down in asked:
                 shown[down] = self._between(number, routed)
         return shown
 
