@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed checkpoint format on disk: what a folder may contain, checked before anything is loaded from it.
 
-Only headers are read here. The metadata bytes themselves are checked once, after loading, by
+Only headers are read here. The metadata bytes themselves are checked once, when they are loaded, by
 ``Sparse24Linear.pack_``, so that no kernel ever indexes with an unchecked nibble.
 """
 

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lissom.hf import lora
+from lissom.hf.arrival import ArrivingLinear, expect
 from lissom.hf.checkpoint import (
     FORMAT_VERSION,
     META_LAYOUT,
@@ -70,7 +71,7 @@ class Sparse24Config(QuantizationConfigMixin):
 
 
 class Sparse24Quantizer(HfQuantizer):
-    """Swaps the listed linears for ``Sparse24Linear`` on the empty skeleton and packs them once loaded."""
+    """Swaps the listed linears on the empty skeleton for layers that pack themselves while loading."""
 
     quantization_config: Sparse24Config
     requires_calibration = True  # packed folders only: from_pretrained never prunes a dense one on the fly
@@ -78,6 +79,7 @@ class Sparse24Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Sparse24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._names: dict[str, bool] = {}  # module name -> it was a Conv1D
+        self._arriving: dict[str, ArrivingLinear] = {}  # name of the values -> layer, while loading
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         placed = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -85,6 +87,17 @@ class Sparse24Quantizer(HfQuantizer):
             raise ValueError(
                 "packed lissom weights cannot be offloaded to disk: leave 'disk' out of device_map"
             )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leaves the conversion of packed values to their layer: transformers would do it far in advance.
+
+        Versions of transformers that do not ask (5.20) convert in advance, at the price of memory.
+        """
+        layer = self._arriving.get(converter.target_patterns[0])
+        if layer is None:
+            return super().get_new_dtype(converter, param, dtype)
+        layer.dtype_when_packed = dtype
+        return None
 
     def is_serializable(self) -> bool:
         return True
@@ -123,19 +136,17 @@ class Sparse24Quantizer(HfQuantizer):
             replacement = _empty_twin(layer, name)
             if f"{stored}.weight" in tensors:
                 _check_against_model(replacement, stored, tensors)
-            model.set_submodule(name, replacement)
-            self._names[name] = isinstance(layer, Conv1D)
+            arriving = expect(replacement, name, own=checkpoint_files is not None)
+            model.set_submodule(name, arriving)
+            self._names[name], self._arriving[f"{name}.weight"] = isinstance(layer, Conv1D), arriving
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         swapped = {name: module for name, module in packed_modules(model).items() if name in self._names}
         _refuse_unfilled(model, swapped)
-        for name, module in swapped.items():
-            module.weight.requires_grad_(False)
-            try:
-                module.pack_()
-            except ValueError as error:
-                raise CheckpointError(f"{name}.weight_meta is corrupt: {error}") from error
+        for layer in self._arriving.values():
+            layer.finish()
+        self._arriving.clear()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -239,7 +250,8 @@ def _check_against_model(module: Sparse24Linear, stored: str, tensors: dict[str,
 def _refuse_unfilled(model: PreTrainedModel, swapped: Mapping[str, Sparse24Linear]) -> None:
     """transformers fills what it did not find with fresh values and only logs it; a new head may be so."""
     tensors: dict[str, torch.Tensor | None] = dict(model.named_parameters())
-    tensors |= {f"{name}{META_SUFFIX}": module.weight_meta for name, module in swapped.items()}
+    waiting = {name: module for name, module in swapped.items() if module.packed is None}
+    tensors |= {f"{name}{META_SUFFIX}": module.weight_meta for name, module in waiting.items()}
     complete = type(model).__name__ in (model.config.architectures or [])
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
     for name, tensor in tensors.items():
