@@ -20,7 +20,7 @@ from lissom.models.tiny import build_tiny, tiny_inputs
 from lissom.models.walk import UnsupportedModelError, describe
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.head]
-EXPERTS = [name for name in ("mixtral", "qwen2_moe", "deepseek_v3", "jamba") if name in FAMILIES]
+EXPERTS = ["mixtral", "qwen2_moe", "deepseek_v3", "jamba"]
 
 
 @pytest.fixture
@@ -107,14 +107,20 @@ def test_a_context_releases_what_it_loaded_and_no_more(folder):
     assert resident.load(layer.mlp.up_proj) == ["model.layers.1.mlp.up_proj.weight"]
     with torch.no_grad():
         layer.mlp.up_proj.weight.zero_()
-    with pytest.raises(KeyError), resident.block(layer):
-        assert not layer.self_attn.q_proj.weight.is_meta
-        assert layer.mlp.up_proj.weight.count_nonzero() == 0  # what is there is not read again
-        raise KeyError
+
+    def fail():
+        with resident.block(layer):
+            assert not layer.self_attn.q_proj.weight.is_meta
+            assert layer.mlp.up_proj.weight.count_nonzero() == 0  # what is there is not read again
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert layer.self_attn.q_proj.weight.is_meta
     assert not layer.mlp.up_proj.weight.is_meta
     resident.release(layer)
-    assert resident.load(layer.mlp) and layer.mlp.up_proj.weight.count_nonzero() > 0
+    assert resident.load(layer.mlp)
+    assert layer.mlp.up_proj.weight.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("stored", ["one", "both", "head"])
@@ -216,14 +222,16 @@ def test_saved_types_are_those_of_the_folder(folder, tmp_path):
 def test_an_output_that_fails_changes_nothing(folder, tmp_path):
     resident = Resident.open(folder())
     layers = resident.model.model.layers
+
+    def write(*blocks):
+        with resident.saving(tmp_path / "out") as output, resident.block(layers[0]):
+            for block in blocks:
+                output.write(block)
+
     with pytest.raises(ValueError, match=r"model\.layers\.1\..* is not in memory: load the whole block"):
-        with resident.saving(tmp_path / "out") as output, resident.block(layers[0]):
-            output.write(layers[0])
-            output.write(layers[1])
+        write(layers[0], layers[1])
     with pytest.raises(ValueError, match="was written before"):
-        with resident.saving(tmp_path / "out") as output, resident.block(layers[0]):
-            output.write(layers[0])
-            output.write(layers[0])
+        write(layers[0], layers[0])
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
     with resident.saving(tmp_path / "out"):
         pass
@@ -241,11 +249,48 @@ def test_a_conversion_without_a_way_back_is_refused_before_any_work(folder, tmp_
             lambda model, state: {f"x.{name}": each for name, each in back(model, state).items()},
             "turns it into x",
         ),
-        (lambda model, state: back(model, {}) and 1 / 0 or state["nothing"], "cannot be written: KeyError"),
+        (lambda model, state: back(model, state)["nothing"], "cannot be written: KeyError"),
     ):
         monkeypatch.setattr(core_model_loading, "revert_weight_conversion", wrong)
         with pytest.raises(UnsupportedModelError, match=message), resident.saving(tmp_path / "out"):
             raise AssertionError("the body must not be reached")
+
+
+def test_one_stored_tensor_for_two_parameters(folder, tmp_path, monkeypatch):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    path = folder(dtype=torch.bfloat16)
+    split = WeightConverter(
+        "mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], operations=[Chunk(dim=0)]
+    )
+    monkeypatch.setattr(
+        conversion_mapping, "_checkpoint_conversion_mapping_cache", {"llama": [split], "legacy": []}
+    )
+    weights = load_file(path / "model.safetensors")
+    for number in range(3):
+        mlp = f"model.layers.{number}.mlp"
+        halves = [weights.pop(f"{mlp}.{half}_proj.weight") for half in ("gate", "up")]
+        weights[f"{mlp}.gate_up_proj.weight"] = torch.cat(halves)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    resident = Resident.open(path)
+    mlp = resident.model.model.layers[1].mlp
+    fused = weights["model.layers.1.mlp.gate_up_proj.weight"]
+    assert resident.load(mlp.up_proj) == [f"model.layers.1.mlp.{half}_proj.weight" for half in ("gate", "up")]
+    assert torch.equal(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), fused)
+    with torch.no_grad():
+        mlp.gate_proj.weight.zero_()
+    resident.release(mlp.up_proj)
+    with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight is not in memory"):
+        resident.stored(mlp.gate_proj)
+    resident.load(mlp.up_proj)  # reads the pair, and leaves the changed half alone
+    with resident.saving(tmp_path / "out") as output:
+        output.write(mlp.gate_proj)
+    after = tensors_of(tmp_path / "out")
+    assert after.keys() == weights.keys()
+    written = after.pop("model.layers.1.mlp.gate_up_proj.weight")
+    assert torch.equal(written, torch.cat([torch.zeros_like(fused[:48]), fused[48:]]))
+    assert_same(after, {name: weights[name] for name in after})
 
 
 def test_a_model_in_memory_needs_no_loading(tmp_path):
@@ -257,7 +302,7 @@ def test_a_model_in_memory_needs_no_loading(tmp_path):
         pass
     resident.release("")
     assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
-    with pytest.raises(ValueError, match="lissom.save"), resident.saving(tmp_path / "out"):
+    with pytest.raises(ValueError, match=r"lissom\.save"), resident.saving(tmp_path / "out"):
         pass
 
 
