@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +14,8 @@ from torch import nn
 
 import lissom
 from lissom.models.tiny import build_tiny
-from lissom.models.walk import LinearRef
+from lissom.models.walk import describe
 from lissom.nn import Sparse24Linear
-from lissom.pruning import training
 from lissom.pruning.training import keep_masks
 
 
@@ -65,14 +66,39 @@ def test_recorded_layers(family, pattern):
         assert torch.equal(keeper.masks()[name], pruned)
 
 
-def test_each_layer_may_have_a_pattern_of_its_own():
-    model = make_net()
-    set_two_four(model)
-    model[0].weight.data[:] = 1
-    model.config = SimpleNamespace(lissom={"layers": {"0": "0%", "2": "2:4"}})
-    assert keep_masks(model).names == ("0", "2")
-    model.config.lissom["layers"]["0"] = "2:4"
-    with pytest.raises(ValueError, match=r"^0 is not 2:4 in 96 of 96 groups; 1 of 2 layers have lost"):
+def test_each_layer_has_a_pattern_of_its_own():
+    model = build_tiny("llama")
+    pattern = {"re:.*down_proj": "dense", "re:.*mlp.*": "2:4", "re:.*": "50%"}
+    lissom.prune(model, pattern=pattern, method="magnitude")
+    keeper = keep_masks(model)
+    assert len(keeper.names) == 18
+    assert not [name for name in keeper.names if "down_proj" in name]
+    model.model.layers[0].self_attn.q_proj.weight.data[:8] = 1
+    with pytest.raises(ValueError, match=r"q_proj has \d+ zeros where 50% asks for 512; 1 of 18 layers have"):
+        keep_masks(model)
+
+
+BREAKS = {
+    "2:4": ((0, slice(3)), "is not 2:4 in 1 of 16 groups"),
+    "1:4": ((0, slice(2)), "is not 1:4 in 1 of 16 groups"),
+    "2:4t": ((slice(3), 0), "is not 2:4t in 1 of 32 groups"),
+    "2:4+70%": ((slice(None), slice(0, 8, 2)), "has 32 zeros where 2:4+70% asks for 40"),
+    "65%": ((slice(4), slice(None)), "has 32 zeros where 65% asks for 40"),
+}
+
+
+@pytest.mark.parametrize("spec", BREAKS)
+@pytest.mark.parametrize("as_map", [True, False])
+def test_patterns_are_verified(spec, as_map):
+    layer = nn.Linear(8, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    model = nn.Sequential(layer)
+    text = json.dumps({"re:.*": spec}) if as_map else spec
+    model.config = SimpleNamespace(lissom={"pattern": text, "layers": ["0"]})
+    assert keep_masks(model).names == ("0",)
+    where, message = BREAKS[spec]
+    layer.weight.data[where] = 1
+    with pytest.raises(ValueError, match=re.escape(f"0 {message}; 1 of 1 layers have lost")):
         keep_masks(model)
 
 
@@ -136,33 +162,27 @@ def test_experts_by_name():
     assert torch.equal(model[0].gate_up == 0, mask)
 
 
-def test_recorded_experts_are_parts_of_one_weight(monkeypatch):
-    """The map of the model gives each expert as a view [out, in] of a fused parameter."""
-    model = nn.Sequential(Experts())
-
-    class Part(LinearRef):
-        def weight(self):
-            kind, index = self.name.split(".")[-2:]
-            fused = getattr(model[0], kind).detach()[int(index)]
-            return fused if kind == "gate_up" else fused.t()
-
-    names = ["0.gate_up.1", "0.down.0", "0.down.2"]
-    refs = {name: Part(name, None, name) for name in names}
-    for ref in refs.values():
-        ref.weight()[:, :2] = 0
-    model[0].gate_up.data[2, 0, 0] = 0  # a zero of an expert that was not pruned
-    monkeypatch.setattr(training, "describe", lambda _: SimpleNamespace(linears=refs.values))
-    model.config = SimpleNamespace(lissom={"pattern": "2:4", "layers": names})
-    keeper = keep_masks(model)
-    assert keeper.names == ("0.gate_up", "0.down")
-    wanted = torch.zeros(3, 8, 4, dtype=torch.bool)
-    wanted[1, :, :2] = True
-    assert torch.equal(keeper.masks()["0.gate_up"], wanted)
-    wanted = torch.zeros(3, 4, 8, dtype=torch.bool)
-    wanted[[0, 2], :2] = True
-    assert torch.equal(keeper.masks()["0.down"], wanted)
-    refs["0.down.2"].weight()[0, 0] = 1
-    with pytest.raises(ValueError, match=r"^0\.down\.2 is not 2:4 in 1 of 8 groups"):
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_recorded_experts_are_parts_of_one_weight(family):
+    """Both layouts of a fused weight: [experts, out, in], and transposed in gpt_oss."""
+    model = lissom.prune(
+        build_tiny(family), pattern="2:4", method="magnitude", exclude=[r"re:.*down_proj\.1"]
+    ).train()
+    refs = {ref.name: ref for ref in describe(model).linears()}
+    experts = {name: ref.weight() == 0 for name, ref in refs.items() if ref.expert is not None}
+    refs["model.layers.0.mlp.experts.down_proj.1"].weight()[0, 0] = 0  # not pruned: none of the mask
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with keep_masks(model) as keeper:
+        for seed in range(3):
+            language_step(model, optimizer, seed)
+    fused = model.model.layers[0].mlp.experts.down_proj
+    mask = keeper.masks()["model.layers.0.mlp.experts.down_proj"]
+    assert mask.shape == fused.shape
+    assert mask.float().mean() == 0.5 * (1 - 1 / len(fused))
+    for name, pruned in experts.items():
+        assert torch.equal(refs[name].weight() == 0, pruned), name
+    refs["model.layers.1.mlp.experts.gate_up_proj.0"].weight()[5, :4] = 1
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.gate_up_proj\.0 is not 2:4 in 1 of"):
         keep_masks(model)
 
 

@@ -10,25 +10,29 @@ every step of an optimiser.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from ..models.walk import describe
-from .pattern import Pattern
+from .masks import (
+    Mask,
+    clear_,
+    describe_tensor,
+    given_masks,
+    locate,
+    recorded_masks,
+    unpack,
+    unwrap,
+    zero_masks,
+)
 
 Masks = Mapping[str, Tensor] | Literal["zeros"] | None
-
-_log = logging.getLogger("lissom")
 
 
 class SparsityKeeper:
@@ -42,16 +46,16 @@ class SparsityKeeper:
         packed: names of packed 2:4 linears, which keep their masks by construction.
     """
 
-    def __init__(self, model: nn.Module, guarded: list[_Guarded], packed: tuple[str, ...]) -> None:
-        self.names = tuple(one.name for one in guarded)
-        self.packed = packed
+    def __init__(self, model: nn.Module, masks: Sequence[Mask], packed: Sequence[str]) -> None:
+        self.names = tuple(mask.name for mask in masks)
+        self.packed = tuple(packed)
         # The model lives as long as its user wants, the keeper as long as the model.
         self._model = weakref.ref(model)
         _keepers.setdefault(model, set()).add(self)
-        self._guarded = guarded
+        self._guarded = [_Guarded(mask) for mask in masks]
         after_step = weakref.WeakMethod(self._after_step)
         self._handle = register_optimizer_step_post_hook(functools.partial(_call_if_alive, after_step))
-        for one in guarded:
+        for one in self._guarded:
             one.watch()
 
     def masks(self) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ class SparsityKeeper:
         Returns:
             Name -> bool tensor of the weight's shape, True where it is pruned.
         """
-        return {one.name: _unpack(one.bits, one.shape) for one in self._guarded}
+        return {one.mask.name: unpack(one.mask.bits, one.mask.shape) for one in self._guarded}
 
     def apply(self, model: nn.Module | None = None) -> None:
         """Set every pruned entry to zero now.
@@ -86,7 +90,7 @@ class SparsityKeeper:
         Raises:
             RuntimeError: some are not; the sentence names the first such layer.
         """
-        alive = {one.name: one.count_alive(one.parameter(model)) for one in self._guarded}
+        alive = {one.mask.name: one.mask.count_alive(one.parameter(model)) for one in self._guarded}
         broken = [name for name, count in alive.items() if count]
         if broken:
             raise RuntimeError(
@@ -160,20 +164,19 @@ def keep_masks(model: nn.Module, masks: Masks = None) -> SparsityKeeper:
         >>> layer.weight[:, :2].count_nonzero().item()
         0
     """
-    base = _unwrap(model)
+    base = unwrap(model)
+    packed: list[str] = []
     if masks is None:
-        guarded, packed = _recorded(base)
+        found, packed = recorded_masks(base)
     elif isinstance(masks, str):
         if masks != "zeros":
             raise ValueError(f"masks must be None, 'zeros' or a mapping from names to masks, got {masks!r}")
-        guarded, packed = _zeros(base)
+        found, packed = zero_masks(base)
     else:
-        guarded, packed = _given(base, masks), ()
-    if not guarded and not packed:
+        found = given_masks(base, masks)
+    if not found and not packed:
         raise ValueError("there is no mask to keep: no linear layer of the model has zeros; prune it first")
-    keeper = SparsityKeeper(base, _one_for_each_parameter(guarded), packed)
-    _log.info("%r", keeper)
-    return keeper
+    return SparsityKeeper(base, found, packed)
 
 
 class KeepMasksCallback:
@@ -233,38 +236,31 @@ def _call_if_alive(method: weakref.WeakMethod[Any], optimizer: Optimizer, args: 
 
 @dataclass
 class _Guarded:
-    """One weight and its mask.
+    """A mask at work.
 
     Attributes:
-        name: for the user; `_locate` finds the parameter by it.
-        place: where the parameter is. It is looked up at every use: loading with assign=True puts another one there.
-        shape: of the parameter.
-        bits: int8 [ceil(numel / 8)], the mask with 8 entries in a byte: a sixteenth of a 16-bit weight.
+        mask: what is pruned, and where.
         watched, hook: the parameter whose gradient is masked, and how to stop that.
     """
 
-    name: str
-    place: _Place
-    shape: torch.Size
-    bits: Tensor
+    mask: Mask
     watched: weakref.ref[Tensor] | None = None
     hook: RemovableHandle | None = None
 
     def parameter(self, model: nn.Module | None = None) -> Tensor:
-        """The parameter as it now is, in this model or in another one with the same names."""
-        place = self.place if model is None else _locate(_unwrap(model), self.name)
-        parameter = None if place is None else place.look()
-        if parameter is None or parameter.shape != self.shape or hasattr(parameter, "device_mesh"):
-            now = "is no longer a parameter" if parameter is None else f"is now {_describe(parameter)}"
+        """The parameter as it now is, in this model or in another one with the same names.
+
+        It is looked up at every use: loading with assign=True puts another one in the old one's place.
+        """
+        place = self.mask.place if model is None else locate(unwrap(model), self.mask.name)
+        parameter: Tensor | None = None if place is None else place.look()
+        if parameter is None or parameter.shape != self.mask.shape or hasattr(parameter, "device_mesh"):
+            now = "is no longer a parameter" if parameter is None else f"is now {describe_tensor(parameter)}"
             raise RuntimeError(
-                f"{self.name} {now}, and its mask is for a whole weight {list(self.shape)}: call keep_masks behind "
-                "what replaced the weight; weights sharded over processes are not supported"
+                f"{self.mask.name} {now}, and its mask is for a whole weight {list(self.mask.shape)}: call keep_masks "
+                "behind what replaced the weight; weights sharded over processes are not supported"
             )
         return parameter
-
-    def count_alive(self, parameter: Tensor) -> int:
-        """How many entries of a weight are not zero though the mask marks them."""
-        return int((parameter != 0).logical_and_(_unpack(self.bits.to(parameter.device), self.shape)).sum())
 
     def watch(self) -> None:
         """Mask the gradient as soon as it is accumulated: before DDP's reduction and before clipping."""
@@ -273,7 +269,7 @@ class _Guarded:
             return
         self.unwatch()
         self.watched = weakref.ref(parameter)
-        self.hook = parameter.register_post_accumulate_grad_hook(functools.partial(_mask_gradient, self))
+        self.hook = parameter.register_post_accumulate_grad_hook(functools.partial(_mask_gradient, self.mask))
 
     def unwatch(self) -> None:
         """Leave the gradient alone."""
@@ -282,219 +278,14 @@ class _Guarded:
         self.watched = self.hook = None
 
 
-@torch.no_grad()
-def _mask_gradient(one: _Guarded, parameter: Tensor) -> None:
+def _mask_gradient(mask: Mask, parameter: Tensor) -> None:
     if parameter.grad is not None:
-        _clear(parameter.grad, one.bits.to(parameter.device))
+        clear_(parameter.grad, mask.bits.to(parameter.device))
 
 
-@torch.no_grad()
 def _impose(guarded: Iterable[_Guarded], model: nn.Module | None = None) -> None:
     for one in guarded:
         parameter = one.parameter(model)
         if model is None:
-            one.bits = one.bits.to(parameter.device)  # it may have moved
-        _clear(parameter, one.bits.to(parameter.device))
-
-
-def _recorded(model: nn.Module) -> tuple[list[_Guarded], tuple[str, ...]]:
-    """Masks of the layers that `config.lissom` lists: their zeros, once the pattern has been found in them."""
-    record = getattr(getattr(model, "config", None), "lissom", None) or {}
-    layers = record.get("layers")
-    if not layers:
-        raise ValueError(
-            "model.config.lissom does not say which layers were pruned: pass masks='zeros', or a mapping of masks"
-        )
-    patterns = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, record["pattern"])
-    guarded, packed, lost = [], [], {}
-    for layer, spec in patterns.items():
-        name, place, view = _layer(model, layer)
-        if _is_packed(place.owner()):
-            packed.append(layer)
-            continue
-        reason = _violation(view, Pattern.parse(spec))
-        if reason is not None:
-            lost[layer] = reason
-            continue
-        # The layer may be a part of its parameter: one expert of many.
-        pruned = torch.zeros_like(place.look(), dtype=torch.bool)
-        start = view.storage_offset() - place.look().storage_offset()
-        pruned.as_strided(view.shape, view.stride(), start).copy_(view == 0)
-        guarded.append(_guard(name, place, pruned))
-    if lost:
-        layer, reason = next(iter(lost.items()))
-        raise ValueError(
-            f"{layer} {reason}; {len(lost)} of {len(patterns)} layers have lost the pattern that config.lissom "
-            "records: go back to a checkpoint that has it, or pass masks='zeros' to keep the zeros that are left"
-        )
-    return guarded, tuple(packed)
-
-
-def _zeros(model: nn.Module) -> tuple[list[_Guarded], tuple[str, ...]]:
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    guarded, packed = [], []
-    for path, module in model.named_modules():
-        name = path.replace(".base_layer", "")  # what peft wrapped keeps its name
-        if _is_packed(module):
-            packed.append(name)
-        elif isinstance(module, nn.Linear) or _is_conv1d(module):
-            place = _Place(weakref.ref(module), "weight")
-            weight = place.look()
-            if (
-                weight is not None
-                and id(weight) not in embeddings
-                and 0 < (weight == 0).sum() < weight.numel()
-            ):
-                guarded.append(_guard(name or "weight", place, weight.detach() == 0))
-    return guarded, tuple(packed)
-
-
-def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_Guarded]:
-    guarded = []
-    for name, mask in masks.items():
-        place = _locate(model, name)
-        if place is None:
-            raise ValueError(f"masks names {name!r}, which is neither a layer with a weight nor a parameter")
-        if _is_packed(place.owner()):
-            raise ValueError(f"{name} is packed and keeps its mask by construction: leave it out of masks")
-        parameter = place.look().detach()
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = getattr(mask, "dtype", type(mask).__name__)
-            raise TypeError(f"the mask of {name} must be a bool tensor, True where it is pruned, got {kind}")
-        if mask.shape != parameter.shape:
-            wanted = list(parameter.shape)
-            raise ValueError(f"the mask of {name} must be {wanted} as its weight, got {list(mask.shape)}")
-        guarded.append(_guard(name, place, mask))
-        alive = guarded[-1].count_alive(parameter)
-        if alive:
-            raise ValueError(
-                f"the mask of {name} marks {alive} weights that are not zero: True means pruned; set them to zero "
-                "first, or pass ~mask if yours marks what stays"
-            )
-    return guarded
-
-
-def _guard(name: str, place: _Place, pruned: Tensor) -> _Guarded:
-    parameter = place.look()
-    if parameter.is_meta or not parameter.numel() or hasattr(parameter, "device_mesh"):
-        raise ValueError(
-            f"{name} is {_describe(parameter)}: a mask is kept only where this process holds the whole weight, not "
-            "on the meta device and not in shards"
-        )
-    return _Guarded(name, place, parameter.shape, _pack(pruned.to(parameter.device)))
-
-
-def _one_for_each_parameter(guarded: list[_Guarded]) -> list[_Guarded]:
-    """Shared weights once, and the parts of one weight (experts) together."""
-    unique: dict[int, _Guarded] = {}
-    for one in guarded:
-        known = unique.setdefault(id(one.parameter()), one)
-        known.bits = known.bits | one.bits
-    return list(unique.values())
-
-
-def _violation(view: Tensor, pattern: Pattern) -> str | None:
-    """Why a weight [out, in] does not have a pattern, or None."""
-    zeros = view == 0
-    if pattern.group is None:
-        found, wanted = int(zeros.sum()), pattern.count(view.numel())
-        return f"has {found} zeros where {pattern} asks for {wanted}" if found < wanted else None
-    obstacle = pattern.obstacle(view.shape[1])
-    if obstacle is not None:
-        return f"cannot be {pattern}: {obstacle}"
-    groups = zeros.reshape(view.shape[0], -1, pattern.group).sum(-1)
-    full = int((groups < pattern.pruned_per_group).sum())
-    return f"is not {pattern} in {full} of {groups.numel()} groups" if full else None
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DDP, a moving average, `torch.compile`, a peft model or one of its layers."""
-    inner: Any = None
-    if isinstance(module, DataParallel | DistributedDataParallel | AveragedModel):
-        inner = module.module
-    elif hasattr(module, "get_base_model"):
-        inner = cast("Any", module).get_base_model()
-    else:
-        inner = getattr(module, "_orig_mod", getattr(module, "base_layer", None))
-    return _unwrap(inner) if isinstance(inner, nn.Module) else module
-
-
-class _Place(NamedTuple):
-    """Where a parameter is: the module that holds it, weakly, and under which name."""
-
-    owner: weakref.ref[nn.Module]
-    attribute: str
-
-    def look(self) -> Any:
-        """The parameter that is there now, or None."""
-        owner = self.owner()
-        return None if owner is None else owner._parameters.get(self.attribute)
-
-
-def _locate(model: nn.Module, name: str) -> _Place | None:
-    """The place of a parameter, named itself or by the layer whose `weight` it is."""
-    for path, attribute in ((name, "weight"), name.rpartition(".")[::2]):
-        try:
-            place = _Place(weakref.ref(_unwrap(model.get_submodule(path))), attribute)
-        except AttributeError:
-            continue
-        if place.look() is not None:
-            return place
-    return None
-
-
-def _layer(model: nn.Module, layer: str) -> tuple[str, _Place, Tensor]:
-    """Name and place of a pruned layer's parameter, and the layer's weight in it as a view [out, in]."""
-    place = _locate(model, layer)
-    if place is not None:
-        weight = place.look().detach()
-        return layer, place, weight.t() if _is_conv1d(place.owner()) else weight
-    # No module or parameter of its own: an expert in a fused weight, which the map of the model knows.
-    for view in (ref.weight() for ref in describe(model).linears() if ref.name == layer):
-        for name, parameter in model.named_parameters():
-            if parameter.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
-                return name, cast("_Place", _locate(model, name)), view
-    raise ValueError(f"config.lissom lists {layer}, which the model lacks: pass masks by parameter name")
-
-
-def _is_packed(module: nn.Module | None) -> bool:
-    from ..nn import Sparse24Linear
-
-    return isinstance(module, Sparse24Linear)
-
-
-def _is_conv1d(module: nn.Module | None) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _describe(parameter: Tensor) -> str:
-    return f"{type(parameter).__name__} {list(parameter.shape)} on {parameter.device}"
-
-
-# Entry p * B + b of a flattened mask is bit p of byte b, with B bytes in all: eight runs without gaps.
-
-
-def _pack(pruned: Tensor) -> Tensor:
-    size = -(-pruned.numel() // 8)
-    runs = nn.functional.pad(pruned.reshape(-1), (0, 8 * size - pruned.numel())).view(8, size)
-    places = 2 ** torch.arange(8, dtype=torch.uint8, device=pruned.device)
-    return (runs * places[:, None]).sum(0, dtype=torch.uint8).view(torch.int8)
-
-
-def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    runs = torch.stack([(bits >> place) & 1 for place in range(8)])
-    return runs.bool().view(-1)[: shape.numel()].view(shape)
-
-
-def _clear(tensor: Tensor, bits: Tensor) -> None:
-    """Set what the mask marks to zero in place, whatever stands there: a product would leave NaN and -0."""
-    words = tensor.detach().view(_INTEGERS[tensor.element_size()])
-    if not words.is_contiguous():
-        words.masked_fill_(_unpack(bits, words.shape), 0)
-        return
-    # A kept number is ANDed with -1, a pruned one with 0, in a fraction of the time of masked_fill_.
-    for place, run in enumerate(words.view(-1).split(len(bits))):
-        run.bitwise_and_((((bits >> place) & 1) - 1)[: len(run)])
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+            one.mask.bits = one.mask.bits.to(parameter.device)  # it may have moved
+        clear_(parameter, one.mask.bits.to(parameter.device))
