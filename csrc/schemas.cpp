@@ -28,4 +28,14 @@ TORCH_LIBRARY(lissom, m) {
   m.def("sparse24_grad_input(Tensor dy, Tensor packed, SymInt N, SymInt K) -> Tensor");
   // dvalues [N, K/2] = (dy^T x) at the kept positions, blocks of rows at a time.
   m.def("sparse24_mask_mm(Tensor dy, Tensor x, Tensor meta) -> Tensor");
+
+  // --- pruning: which weights an n:m pattern can keep ---
+  // int64 [C]: an order of the columns of uint8 scores [R, C] in which groups of neighbours keep more.
+  m.def("pruning_permute(Tensor levels, SymInt kept, SymInt group, SymInt rounds, SymInt window) -> Tensor");
+
+  // --- solver: inner loops of the pruning solvers, on weights [R, C] ---
+  // One step of ADMM: z = x + u, mask, scaled dual u and right-hand side. int64 []: entries that changed sides.
+  m.def(
+      "solver_admm_step_(Tensor x, Tensor(a!) u, Tensor? b, Tensor(b!) rhs, float rho, float rho_next,"
+      " SymInt kept, SymInt group, Tensor? forced=None) -> Tensor");
 }

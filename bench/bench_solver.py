@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solver operators beside the same steps in torch.
+
+`python bench/bench_solver.py` prints the interleaved comparison that docs/kernels/solver.md quotes;
+`pytest bench/bench_solver.py` follows one contender over time (--benchmark-save, --benchmark-compare).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lissom.benchmark import machine
+from lissom.ops import solver
+from lissom.pruning.pattern import mark_group, mark_lowest
+
+SHAPES = ((3072, 576), (576, 1536), (4096, 4096))
+Call = Callable[[], object]
+
+
+def admm(rows: int, columns: int, pattern: str) -> dict[str, Call]:
+    """One step of ADMM on float32 weights; patterns "n:m" or "50%" of every row."""
+    kept, group = (int(n) for n in pattern.split(":")) if ":" in pattern else (columns // 2, columns)
+    generator = torch.Generator().manual_seed(0)
+    x, pull = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    dual, right = torch.zeros_like(x), torch.empty_like(x)
+    rho, rise = 0.5, 1.1
+    state = {"dual": torch.zeros_like(x)}
+
+    def in_torch() -> None:
+        z = x + state["dual"]
+        scores = z.abs()
+        if group < columns:
+            marks = mark_group(scores.view(-1, group).t().contiguous(), group - kept)
+            pruned = marks.t().reshape(z.shape)
+        else:
+            pruned = mark_lowest(scores, group - kept)
+        torch.where(pruned, -rho * z, rho * rise * z).add_(pull)
+        state["dual"] = torch.where(pruned, z / rise, 0)
+
+    def ours() -> None:
+        solver.solver_admm_step_(x, dual, pull, right, rho, rho * rise, kept, group)
+
+    return {"ours": ours, "torch": in_torch}
+
+
+CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
+    "admm 2:4": lambda rows, columns: admm(rows, columns, "2:4"),
+    "admm 4:8": lambda rows, columns: admm(rows, columns, "4:8"),
+    "admm 50%": lambda rows, columns: admm(rows, columns, "50%"),
+}
+
+
+@pytest.mark.parametrize("contender", ["ours", "torch"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_solver(benchmark: Callable[..., Any], *, case: str, shape: tuple[int, int], contender: str) -> None:
+    call = CASES[case](*shape)[contender]
+    with machine.torch_threads(1), torch.inference_mode():
+        benchmark.pedantic(call, rounds=9, warmup_rounds=1)
+
+
+def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each contender on this thread, which other programs disturb least; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            seconds[name].append(time.thread_time() - start)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    """Print one line for each case and shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15)
+    chosen = parser.parse_args()
+    with machine.torch_threads(1), torch.inference_mode():
+        for case, shape in itertools.product(CASES, SHAPES):
+            if chosen.only not in case:
+                continue
+            found = compare(CASES[case](*shape), chosen.rounds)
+            ratio = found["torch"] / found["ours"]
+            print(
+                f"| {case} | {shape[0]} x {shape[1]} | {1e3 * found['torch']:.2f} | {1e3 * found['ours']:.2f} | "
+                f"{ratio:.1f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

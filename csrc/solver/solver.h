@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host side may call: raw pointers and sizes in elements, all arrays contiguous unless a stride is named.
+// Torch-free.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/cpu_isa.h"
+
+namespace lissom::solver {
+
+// Groups up to this size are chosen by comparing pairs, longer ones by selection (which needs scratch).
+constexpr int64_t kRankedGroup = 32;
+
+// One step of ADMM on `count` entries that fall into groups of `group` neighbours. With z = x + u the entries of each
+// group that have the least |z| are pruned, `gone` of them; among equals the first ones go; forced entries go before all
+// others, and all of them.
+//   u   = pruned ? z * rho / rho_next : 0        scaled dual; a pruned z of 0 is stored as -0, so that u tells the mask
+//   rhs = b + (pruned ? -rho : rho_next) * z     rhs may be x
+template <class T>
+struct Admm {
+  int64_t count, group, gone;
+  const T* x;
+  T* u;
+  const T* b;  // or null: 0
+  T* rhs;
+  const uint8_t* forced;  // or null
+  T rho, rho_next;
+};
+
+template <class T>
+struct Kernels {
+  // Entries [begin, end), whole groups. scratch: 2 * group entries if group > kRankedGroup. Returns how many entries
+  // changed between kept and pruned.
+  int64_t (*admm_step)(const Admm<T>&, int64_t begin, int64_t end, T* scratch);
+};
+
+template <class T>
+const Kernels<T>& kernels(CpuIsa isa);  // float, double
+
+}  // namespace lissom::solver
