@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.models.tiny import build_tiny
+from lissom.models.tiny import build_tiny, tiny_inputs
 from lissom.models.walk import FAMILIES, UnsupportedModelError, describe
-from lissom.pruning import plan_prune, prune, prune_model, prune_weight
+from lissom.pruning import Options, plan_prune, prune, prune_model, prune_weight
 
+EXACT = Options(refit="exact")  # conjugate gradients enlarge the last bits in which two runs differ
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt", "gpt2", "bloom")
 IDS = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,12 +37,13 @@ def _weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_driver_equals_full_forwards_layer_by_layer(family, method):
-    expected = _reference(build_tiny(family, dtype=torch.float64), IDS, pattern="2:4", method=method)
+    arguments = {"pattern": "2:4", "method": method, "damp": 0.01, "options": EXACT}
+    expected = _reference(build_tiny(family, dtype=torch.float64), IDS, **arguments)
     model = build_tiny(family, dtype=torch.float64)
-    report = prune_model(model, pattern="2:4", method=method, data=IDS, batch=3)
+    report = prune_model(model, data=IDS, batch=3, blend=0, **arguments)
     for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values()):
         torch.testing.assert_close(
             tensor, other, rtol=1e-7, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
@@ -58,13 +61,13 @@ def test_padding_does_not_enter(family):
     mask = torch.ones_like(IDS)
     for row in range(len(IDS)):
         mask[row, 24 - row :] = 0
-    arguments = {"pattern": "50%", "method": "sparsegpt"}
+    arguments = {"pattern": "50%", "method": "sparsegpt", "options": EXACT}
     expected = _reference(build_tiny(family, dtype=torch.float64), IDS, mask, **arguments)
     results = []
     for filler in (0, 55):
         ids = torch.where(mask.bool(), IDS, filler)
         model = build_tiny(family, dtype=torch.float64)
-        prune_model(model, data={"input_ids": ids, "attention_mask": mask}, batch=4, **arguments)
+        prune_model(model, data={"input_ids": ids, "attention_mask": mask}, batch=4, blend=0, **arguments)
         results.append(_weights(model))
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(results[0][name], tensor, rtol=1e-7, atol=1e-9)
@@ -91,7 +94,7 @@ def test_sequences_per_forward_do_not_matter():
     results = []
     for batch in (1, 3, 10, None):
         model = build_tiny("llama", dtype=torch.float64)
-        prune_model(model, pattern="2:4", method="sparsegpt", data=IDS, batch=batch)
+        prune_model(model, pattern="2:4", method="sparsegpt", data=IDS, batch=batch, options=EXACT)
         results.append(model.state_dict())
     for other in results[1:]:
         for name, tensor in results[0].items():
@@ -104,7 +107,7 @@ def test_magnitude_needs_no_data():
     assert report.calibration == {}
     assert all(layer.relative_error is None and layer.sparsity == 0.5 for layer in report.layers)
     other = build_tiny("llama")
-    with_data = prune_model(other, pattern="2:4", method="magnitude", data=IDS)
+    with_data = prune_model(other, pattern="2:4", method="magnitude", data=IDS, options=Options(refit=False))
     assert all(layer.relative_error > 0 for layer in with_data.layers)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
@@ -164,7 +167,9 @@ def test_blocks_without_work_are_passed_and_later_ones_not_visited():
 def test_head_is_pruned_when_named(family):
     untied = build_tiny(family, dtype=torch.float64, tie_word_embeddings=False)
     model = build_tiny(family, dtype=torch.float64, tie_word_embeddings=False)
-    report = prune_model(model, pattern="2:4", method="sparsegpt", data=IDS, include=["lm_head"])
+    report = prune_model(
+        model, pattern="2:4", method="sparsegpt", data=IDS, include=["lm_head"], options=EXACT
+    )
     assert [layer.name for layer in report.layers] == ["lm_head"]
     seen = []
     untied.lm_head.register_forward_pre_hook(
@@ -173,7 +178,11 @@ def test_head_is_pruned_when_named(family):
     with torch.no_grad():
         untied(IDS)
     expected = prune_weight(
-        untied.lm_head.weight.detach(), seen[0].t() @ seen[0], pattern="2:4", method="sparsegpt"
+        untied.lm_head.weight.detach(),
+        seen[0].t() @ seen[0],
+        pattern="2:4",
+        method="sparsegpt",
+        options=EXACT,
     )
     torch.testing.assert_close(model.lm_head.weight.detach(), expected, rtol=1e-7, atol=1e-9)
 
@@ -230,16 +239,15 @@ def test_few_tokens_raise_the_damping_aloud():
     data = IDS[:2]  # 48 tokens for 32 and 48 inputs
     results = []
     for damp, sentence in (
-        (None, "damp raised to 0.1"),
+        (None, "does best on held-out tokens"),
         (0.1, "fewer than 2 per input"),
-        (0.01, "damp=0.1 would"),
+        (0.01, "damp=None, would"),
     ):
         model = build_tiny("llama")
         with pytest.warns(UserWarning, match=sentence):
             prune_model(model, pattern="2:4", method="sparsegpt", data=data, damp=damp)
         results.append(model.state_dict()["model.layers.0.self_attn.q_proj.weight"])
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+    assert not torch.equal(results[1], results[2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prune_model(build_tiny("llama"), pattern="2:4", method="sparsegpt", data=IDS)
@@ -259,7 +267,7 @@ def test_layer_that_sees_some_tokens_only_is_refused():
     mlp = model.model.layers[1].mlp
     whole = mlp.forward
     mlp.forward = lambda x: whole(x[:, ::2]).repeat_interleave(2, dim=1)
-    with pytest.raises(RuntimeError, match=r"layers.1.mlp.gate_proj\S* saw 120 of 240 calibration tokens"):
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp.gate_proj\S* .* 120 rows where the batch has 240"):
         prune_model(model, pattern="2:4", method="sparsegpt", data=IDS)
 
 
@@ -314,7 +322,7 @@ def test_weights_that_cannot_be_pruned(make, sentence):
         ({"data": IDS[:0]}, r"LongTensor \[S, T\]"),
         ({"data": ["text"]}, "needs the model's tokenizer"),
         ({"data": {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}}, "everything is padding"),
-        ({"data": {"input_ids": IDS, "attention_mask": IDS[:1]}}, "attention_mask must be"),
+        ({"data": {"input_ids": IDS, "attention_mask": IDS[:1]}}, "must be equally many"),
         ({"resume": True}, "resume=True needs state_dir"),
         ({"damp": -0.1}, r"damp must lie in \[0, 1\]"),
         ({"method": "obs"}, "method must be one of"),
@@ -332,6 +340,23 @@ def test_rejections(arguments, sentence):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_and_runs(family):
+    model = build_tiny(family)
+    inputs = tiny_inputs(family, sequences=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few tokens for an expert
+        report = prune_model(model, pattern="2:4", method="alps", data=inputs, batch=3, strict=False)
+    refs = {linear.name: linear for linear in describe(model).linears()}
+    for layer in report.layers:
+        groups = refs[layer.name].weight().reshape(-1, 4)
+        assert (groups == 0).sum(1).ge(2).all()
+        assert 0 < layer.relative_error < 0.5
+    with torch.no_grad():
+        out = model(**inputs)
+    assert all(torch.isfinite(value).all() for value in out.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("family", PLAIN)
 def test_plan_is_what_the_run_does(family):
     with torch.device("meta"):
         empty = build_tiny(family)

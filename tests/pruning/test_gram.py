@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lissom.pruning.gram import Gram, inverse_factor, matmul_precision
+from lissom.pruning.gram import CrossGram, Gram, damped, inverse_factor, matmul_precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -12,7 +12,7 @@ def test_matrix_is_the_sum_over_all_batches(dtype, columns):
     batches = [torch.randn(3, n, columns, generator=random).to(dtype) for n in (1, 5, 40)]
     gram = Gram(columns, "layer")
     for batch in batches:
-        gram.add(batch)
+        gram.add(batch.view(-1, columns))
     tokens = torch.cat([batch.view(-1, columns) for batch in batches]).double()
     matrix = gram.matrix(torch.float64)
     # Products of 16-bit values are exact in float32; only the float32 sums over 120 tokens round.
@@ -22,15 +22,24 @@ def test_matrix_is_the_sum_over_all_batches(dtype, columns):
     assert gram.tokens == len(tokens) == 138
 
 
-def test_masked_tokens_do_not_enter():
-    inputs = torch.randn(2, 4, 3)
-    mask = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool)
-    inputs.view(-1, 3)[~mask] = float("nan")
-    gram = Gram(3, "layer")
-    gram.add(inputs, mask)
-    kept = inputs.view(-1, 3)[mask]
-    torch.testing.assert_close(gram.matrix(), kept.t() @ kept)
-    assert gram.tokens == 5
+def test_merged_sums_are_those_of_all_tokens():
+    first, second = torch.randn(10, 5), torch.randn(20, 5)
+    gram, other = Gram(5, "layer"), Gram(5, "layer")
+    gram.add(first)
+    other.add(second)
+    gram.merge(other, 0.5)
+    torch.testing.assert_close(gram.matrix(), first.t() @ first + 0.5 * second.t() @ second)
+    assert gram.tokens == 20
+
+
+def test_cross_sum_pairs_the_tokens():
+    dense, inputs = torch.randn(2, 30, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    cross = CrossGram(7)
+    cross.add(dense[:10], inputs[:10])
+    cross.add(dense[10:], inputs[10:])
+    torch.testing.assert_close(
+        cross.matrix(torch.float64), (dense.t() @ inputs).double(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -44,7 +53,7 @@ def test_non_finite_inputs_name_the_layer(value):
 
 def test_wrong_width_and_no_tokens():
     gram = Gram(3, "layer")
-    with pytest.raises(ValueError, match=r"inputs must be \[..., 3\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"inputs must be \[tokens, 3\], got \[2, 4\]"):
         gram.add(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="no calibration token"):
         gram.matrix()
@@ -76,21 +85,21 @@ def test_precision_is_restored_after_an_error():
 def test_factor_of_the_inverse(columns):
     inputs = torch.randn(200, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = inputs.t() @ inputs
-    factor = inverse_factor(gram, 0.01, "layer")
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-12, atol=1e-16)
+    factor = inverse_factor(damped(gram, 0.01, "layer"))
+    hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(hessian), rtol=1e-12, atol=1e-16)
     assert torch.equal(factor, factor.triu())
     # diag(U)_j^2 is the corner of the inverse of the trailing matrix: the score that SparseGPT divides by.
     for column in range(columns):
-        corner = torch.linalg.inv(damped[column:, column:])[0, 0]
+        corner = torch.linalg.inv(hessian[column:, column:])[0, 0]
         torch.testing.assert_close(factor[column, column] ** 2, corner, rtol=1e-10, atol=0.0)
 
 
 def test_failed_factorisation_raises_the_damping_aloud():
     gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
     with pytest.warns(UserWarning, match=r"layer 3: Cholesky .* damp 0.01; trying 0.1"):
-        factor = inverse_factor(gram, 0.01, "layer 3")
-    torch.testing.assert_close(factor, inverse_factor(gram, 0.1, "layer 3"))
+        factor = inverse_factor(damped(gram, 0.01, "layer 3"))
+    torch.testing.assert_close(factor, inverse_factor(damped(gram, 0.1, "layer 3")))
 
 
 def test_hopeless_matrix_is_an_error_not_an_identity():
@@ -98,4 +107,4 @@ def test_hopeless_matrix_is_an_error_not_an_identity():
         pytest.warns(UserWarning, match="trying 1"),
         pytest.raises(ValueError, match="not positive definite"),
     ):
-        inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")
+        damped(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.solver import solver_admm_mask, solver_admm_step_
 from .problem import Problem, Solution
 
 _ITERATIONS = 48
@@ -40,15 +41,29 @@ def prune_by_alps(problem: Problem) -> Solution:
     pull = ((weight @ vectors) * values) @ vectors.t()  # W H
     rise = (_RHO_LAST / _RHO_FIRST) ** (1 / (_ITERATIONS - 1))
     rho = _RHO_FIRST
-    state, pruned = weight, problem.mark(weight.abs(), scope="row")
-    right = torch.addcmul(pull, state, ~pruned, value=rho)
-    dual = torch.zeros_like(weight)
-    for _ in range(_ITERATIONS):
-        dense = ((right @ vectors) / (values + rho)) @ vectors.t()
-        state = dense.add_(dual)
-        pruned = problem.mark(state.abs(), scope="row")
-        # u = V / rho_next: the dual in the units of the next penalty.
-        right = pull + torch.where(pruned, -rho * state, rho * rise * state)
-        dual = torch.where(pruned, state / rise, 0)
-        rho *= rise
-    return Solution(state / scale, pruned)
+    sparse = weight.masked_fill(problem.mark(weight.abs(), scope="row"), 0)
+    right = pull.add(sparse, alpha=rho)
+    dual = torch.zeros_like(weight)  # V in units of the next penalty
+    spectral = torch.empty_like(weight)
+    for step in range(_ITERATIONS):
+        torch.mm(right, vectors, out=spectral)
+        dense = torch.mm(spectral.div_(values + rho), vectors.t(), out=right)
+        if step < _ITERATIONS - 1:
+            _project_(problem, dense, dual, pull, rho, rho * rise)
+            rho *= rise
+    _project_(problem, dense, dual, None, 1.0, 1.0)  # leaves the sparse copy itself
+    return Solution(dense / scale, solver_admm_mask(dual))
+
+
+def _project_(
+    problem: Problem, dense: torch.Tensor, dual: torch.Tensor, pull: torch.Tensor | None, *penalties: float
+) -> None:
+    """The rest of an iteration, in place: from X to the next right-hand side, W H - V + rho D."""
+    pattern, columns = problem.pattern, dense.shape[1]
+    kept, group, forced = pattern.kept, pattern.group, problem.frozen
+    if group is None and problem.options.scope in (None, "row"):
+        kept, group = columns - pattern.count(columns), columns
+    elif group is None or pattern.raised or pattern.transposable:
+        kept, group, forced = 1, 1, problem.mark((dense + dual).abs(), scope="row")
+    assert kept is not None
+    solver_admm_step_(dense, dual, pull, dense, *penalties, kept=kept, group=group, forced=forced)

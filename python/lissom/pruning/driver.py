@@ -108,6 +108,7 @@ def prune_model(
     run = Run(
         model=model,
         parts=parts,
+        pattern=str(wanted),
         selection=selection,
         method=method,
         damp=damp,
@@ -120,7 +121,7 @@ def prune_model(
     state = _open_state(run, state_dir, resume)
     with evaluating(model), torch.no_grad():
         layers, blocks = sweep(run, state, on_progress)
-    report = _conclude(run, str(wanted), layers, blocks, time.perf_counter() - began)
+    report = _conclude(run, layers, blocks, time.perf_counter() - began)
     model.config.lissom = _provenance(report)
     return report
 
@@ -167,12 +168,10 @@ def _open_state(run: Run, state_dir: str | PathLike[str] | None, resume: bool) -
     return PruneState(state_dir, run.fingerprint(), resume=resume)
 
 
-def _conclude(
-    run: Run, pattern: str, layers: list[LayerReport], blocks: list[BlockReport], seconds: float
-) -> PruneReport:
+def _conclude(run: Run, layers: list[LayerReport], blocks: list[BlockReport], seconds: float) -> PruneReport:
     return PruneReport(
         method=run.method,
-        pattern=pattern,
+        pattern=run.pattern,
         refit=run.options.refit if run.calibration else False,
         blend=run.blend,
         layers=layers,

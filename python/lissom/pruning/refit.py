@@ -28,7 +28,7 @@ def refit(
         hessian: H [C, C], positive definite.
         pruned: bool [R, C], True where a weight is zero.
         start: first guess [R, C]; None starts at the target. What the mask prunes is not read.
-        tolerance: stop when the stationarity (see `stationarity`) is below.
+        tolerance: a row stops when its residual, over that of w' = 0, is below (in the norm of 1 / diag(H)).
         iterations: stop at the latest after as many.
 
     Returns:
@@ -43,22 +43,23 @@ def refit(
     """
     weight = (target if start is None else start).masked_fill(pruned, 0)
     wanted = target @ hessian
-    goal = tolerance * wanted.norm()
     scale = hessian.diagonal().reciprocal()
-    residual = torch.addmm(wanted, weight, hessian, alpha=-1).masked_fill_(pruned, 0)
+    # Rows stop one by one, so that a row's result does not depend on its neighbours.
+    goal = tolerance**2 * _row_dot(wanted * scale, wanted)
+    residual = wanted.addmm_(weight, hessian, alpha=-1).masked_fill_(pruned, 0)
     step = residual * scale
     energy = _row_dot(residual, step)
     for _ in range(iterations):
-        if residual.norm() <= goal:
+        moving = energy > goal
+        if not moving.any():
             break
         image = step @ hessian
-        # A row that is solved has no direction left: 0 / 0 counts as 0.
-        length = torch.where(energy > 0, energy / _row_dot(step, image), 0)
+        length = torch.where(moving, energy / _row_dot(step, image), 0)
         weight.addcmul_(step, length)
         residual.addcmul_(image, length, value=-1).masked_fill_(pruned, 0)
         image = torch.mul(residual, scale, out=image)
         before, energy = energy, _row_dot(residual, image)
-        step.mul_(torch.where(before > 0, energy / before, 0)).add_(image)
+        step.mul_(torch.where(moving, energy / before, 0)).add_(image)
     return weight
 
 

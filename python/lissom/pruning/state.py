@@ -148,8 +148,13 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _difference(found: Any, wanted: Any) -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [key for key in wanted if found.get(key) != wanted[key]]
-        return ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in keys)
+        return ", ".join(f"{key} was {_brief(found.get(key))}, is {_brief(wanted[key])}" for key in keys)
     return f"digest was {str(found)[:12]}, is {str(wanted)[:12]}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

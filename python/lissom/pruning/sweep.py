@@ -35,7 +35,8 @@ class Run:
     Attributes:
         model: the model, in eval mode.
         parts: its map.
-        selection: what is pruned, with which pattern.
+        pattern: what was asked for, as text.
+        selection: the layers to prune and the pattern of each.
         method: key of `solver.METHODS`.
         damp: share of the mean diagonal; None chooses.
         blend: weight of the dense model's outputs in every layer's target.
@@ -47,6 +48,7 @@ class Run:
 
     model: nn.Module
     parts: ModelMap
+    pattern: str
     selection: Selection
     method: str
     damp: float | None
@@ -59,7 +61,7 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """What a later run must repeat to go on with this one's state."""
         arguments = {
-            "patterns": {name: str(pattern) for name, pattern in self.selection.patterns.items()},
+            "pattern": self.pattern,
             "method": self.method,
             "damp": self.damp,
             "blend": self.blend,
@@ -68,30 +70,14 @@ class Run:
             "processes": self.ranks.size,
             "layers": [linear.name for linear in self.selection.linears()],
         }
-        return fingerprint(self.model, self.inputs, arguments)
-
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is called with; empty without calibration."""
-        if self.calibration is None:
-            return {}
-        mask = self.calibration.mask
-        return {"input_ids": self.calibration.tokens, **({} if mask is None else {"attention_mask": mask})}
-
-    @property
-    def tokens(self) -> int:
-        """Real calibration tokens of all processes."""
-        inputs = self.inputs
-        return (
-            int(inputs["attention_mask"].bool().sum())
-            if "attention_mask" in inputs
-            else inputs["input_ids"].numel()
-        )
+        inputs = self.calibration.inputs if self.calibration else {}
+        return fingerprint(self.model, inputs, arguments)
 
     def stream(self) -> BlockStream:
         """This process's share of the calibration in front of the first block."""
+        assert self.calibration is not None
         device = next(self.model.parameters()).device
-        inputs = self.inputs
+        inputs = self.calibration.inputs
         part = self.ranks.shard(len(next(iter(inputs.values()))))
         shard = {name: values[part].to(device) for name, values in inputs.items()}
         return BlockStream(self.model, self.parts, shard, batch=self.batch)
@@ -106,10 +92,13 @@ class _Streams:
         # Until the first pruned weight both are one; the dense one is needed for a blended target only.
         self.dense = run.stream() if run.blend > 0 else None
         self._differ = False
+        self.tokens = int(run.ranks.sum_(torch.tensor(self.pruned.tokens)))
 
     def collect(self, step: Step) -> dict[str, _Statistics]:
         """Statistics of the inputs of a step's layers, by group; the dense stream moves on behind the step."""
-        found = {group: _Statistics(self.run, linears) for group, linears in step.groups().items()}
+        found = {
+            group: _Statistics(self.run, linears, self.tokens) for group, linears in step.groups().items()
+        }
         if step.linears and step.linears[0] is self.run.parts.head:
             self._collect_head(next(iter(found.values())))
         elif self.dense is not None and not self._differ:
@@ -154,7 +143,7 @@ class _Statistics:
     chosen by how a solution for one half does on the other.
     """
 
-    def __init__(self, run: Run, linears: Sequence[LinearRef]) -> None:
+    def __init__(self, run: Run, linears: Sequence[LinearRef], tokens: int) -> None:
         first = linears[0]
         columns, device = first.shape[1], first.weight().device
         self.gram = Gram(columns, first.group, device=device)
@@ -162,7 +151,7 @@ class _Statistics:
         self.routed = first.routed
         self.cross = CrossGram(columns, device=device) if run.blend > 0 and not first.routed else None
         self.half: Gram | None = None
-        if run.damp is None and not first.routed and run.tokens < 2 * columns:
+        if run.damp is None and not first.routed and tokens < 2 * columns:
             self.half = Gram(columns, first.group, device=device)
         self._crossed = False
 
