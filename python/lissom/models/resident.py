@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,11 @@ class Resident:
         resident._index()
         return resident
 
+    @property
+    def device(self) -> torch.device:
+        """Where weights are once they are loaded."""
+        return torch.device("cpu") if self.folder is not None else next(self.model.parameters()).device
+
     def load(self, *parts: str | nn.Module) -> list[str]:
         """Bring weights into memory; those that are there already stay as they are.
 
@@ -154,29 +159,19 @@ class Resident:
         Raises:
             ValueError: the model has no such part.
         """
-        modules = {id(module): name for name, module in self.model.named_modules()}
-        found: dict[str, None] = {}
-        for part in parts:
-            prefix = modules.get(id(part)) if isinstance(part, nn.Module) else part
-            if prefix is None or (prefix not in self._first and prefix not in modules.values()):
-                what = prefix if isinstance(part, str) else type(part).__name__
-                raise ValueError(f"{what} is no module or parameter of this {type(self.model).__name__}")
-            for name, first in self._first.items():
-                if not prefix or name == prefix or name.startswith(f"{prefix}."):
-                    found[first] = None
-        return list(found)
+        return list(dict.fromkeys(self._first[name] for name in self._inside(parts)))
 
     def rest(self, blocks: Iterable[nn.Module]) -> list[str]:
-        """The parameters that lie in none of some modules: embeddings and norms, when given blocks and head.
+        """The parameters that are needed outside of some modules: embeddings and norms, given blocks and head.
 
         Args:
-            blocks: modules of the model.
+            blocks: modules of the model. A weight of theirs that is tied to one outside is needed, too.
 
         Returns:
             Parameter names.
         """
-        inside = set(self.names(*blocks))
-        return [name for name in self.names("") if name not in inside]
+        inside = set(self._inside(tuple(blocks)))
+        return list(dict.fromkeys(first for name, first in self._first.items() if name not in inside))
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of all weights, as they are in the folder or in memory."""
@@ -255,6 +250,18 @@ class Resident:
             first = self._first[name] = seen.setdefault(id(parameter), name)
             self._aliases.setdefault(first, []).append(name)
             self._empty.setdefault(first, parameter)
+
+    def _inside(self, parts: Sequence[str | nn.Module]) -> Iterator[str]:
+        """Every name of the parameters of some parts, tied ones under each of theirs."""
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        for part in parts:
+            prefix = modules.get(id(part)) if isinstance(part, nn.Module) else part
+            if prefix is None or (prefix not in self._first and prefix not in modules.values()):
+                what = prefix if isinstance(part, str) else type(part).__name__
+                raise ValueError(f"{what} is no module or parameter of this {type(self.model).__name__}")
+            for name in self._first:
+                if not prefix or name == prefix or name.startswith(f"{prefix}."):
+                    yield name
 
     def _get(self, name: str) -> torch.Tensor:
         parameter: torch.Tensor = self.model.get_parameter(name)
