@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -194,16 +194,30 @@ class BlockStream:
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The hidden states batch by batch, each with its mask of real tokens [B * T] or None."""
-        for low, high in self._bounds:
-            yield self.hidden[low:high], None if self._mask is None else self._mask[low:high].reshape(-1)
+        for low, high, real in self.bounds():
+            yield self.hidden[low:high], real
 
-    def _forward(self, number: int) -> torch.Tensor:
+    @property
+    def batch_count(self) -> int:
+        """How many batches the sequences make."""
+        return len(self._bounds)
+
+    def bounds(self) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+        """First and last sequence (exclusive) of each batch, and its mask of real tokens [B * T] or None."""
+        for low, high in self._bounds:
+            yield low, high, None if self._mask is None else self._mask[low:high].reshape(-1)
+
+    def call(self, number: int, block: Callable[..., Any]) -> torch.Tensor:
+        """Call something in the place of the current block on one batch, with the model's own arguments."""
         if self._torn:
             raise RuntimeError("an advancing pass was left half way: the hidden states are of two blocks")
         low, high = self._bounds[number]
         call = self._calls[number][self.index]
-        out = self.parts.blocks[self.index].module(self.hidden[low:high], *call.args, **call.kwargs)
+        out = block(self.hidden[low:high], *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def _forward(self, number: int) -> torch.Tensor:
+        return self.call(number, self.parts.blocks[self.index].module)
 
     @torch.no_grad()
     def _record(self, model: nn.Module, given: dict[str, torch.Tensor], batch: int | None) -> None:
