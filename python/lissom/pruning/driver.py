@@ -17,6 +17,7 @@ from ..models.walk import UnsupportedModelError, describe
 from .parallel import Ranks
 from .pattern import Pattern
 from .problem import Options
+from .reconstruct import Reconstruction
 from .report import BlockProgress, BlockReport, LayerReport, PruneReport
 from .selection import Selection, read_pattern, select_linears
 from .solver import COMPENSATING, check_damp, find_method
@@ -60,6 +61,7 @@ def prune_model(
     exclude: Sequence[str] | None = None,
     damp: float | None = None,
     blend: float | None = None,
+    reconstruct: Reconstruction | None = None,
     options: Options | None = None,
     strict: bool = True,
     batch: int | None = None,
@@ -82,6 +84,7 @@ def prune_model(
             with fewer than 2 C tokens.
         blend: weight of the dense model's outputs in every layer's target, 0 to 1; the rest is the layer's
             own output on the inputs that the pruned model makes. None: 0.5 when weights are compensated.
+        reconstruct: train each block's kept weights a little after it is solved; None: not at all.
         strict: raise for a chosen layer that cannot be pruned instead of leaving it.
         batch: sequences per forward pass; None: as many as make about 4096 tokens.
         state_dir: folder that keeps finished blocks.
@@ -113,6 +116,7 @@ def prune_model(
         method=method,
         damp=damp,
         blend=_blend(blend, method, options, has_data=data is not None),
+        reconstruct=reconstruct if data is not None else None,
         options=options,
         calibration=calibration,
         batch=batch,

@@ -34,17 +34,24 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """Where the time of one block went: statistics, solves, the forward pass that feeds the next block."""
+    """Where the time of one block went: statistics, solves, training, the forward pass that feeds the next block.
+
+    Attributes:
+        losses: mean relative error of a token of the block's output in the first and the last pass of its
+            reconstruction; None without one.
+    """
 
     name: str
     collect_seconds: float
     solve_seconds: float
     advance_seconds: float = 0.0
+    reconstruct_seconds: float = 0.0
+    losses: tuple[float, float] | None = None
 
     @property
     def seconds(self) -> float:
         """The whole time spent on the block."""
-        return self.collect_seconds + self.solve_seconds + self.advance_seconds
+        return self.collect_seconds + self.solve_seconds + self.reconstruct_seconds + self.advance_seconds
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .gram import CrossGram, Gram
 from .parallel import Ranks
 from .pattern import Pattern
 from .problem import Options
+from .reconstruct import Reconstruction, reconstruct_block
 from .report import BlockProgress, BlockReport, LayerReport
 from .selection import Selection, Step
 from .solver import COMPENSATING, Moments, Pruned, prune_group
@@ -40,6 +41,7 @@ class Run:
         method: key of `solver.METHODS`.
         damp: share of the mean diagonal; None chooses.
         blend: weight of the dense model's outputs in every layer's target.
+        reconstruct: how to train each block's kept weights after it is solved; None: not at all.
         options: of the method.
         calibration: tokens; None for magnitude without data.
         batch: sequences per forward pass.
@@ -53,6 +55,7 @@ class Run:
     method: str
     damp: float | None
     blend: float
+    reconstruct: Reconstruction | None
     options: Options
     calibration: Calibration | None
     batch: int | None
@@ -66,6 +69,7 @@ class Run:
             "damp": self.damp,
             "blend": self.blend,
             **asdict(self.options),
+            "reconstruct": asdict(self.reconstruct) if self.reconstruct else None,
             "batch": self.batch,
             "processes": self.ranks.size,
             "layers": [linear.name for linear in self.selection.linears()],
@@ -80,7 +84,8 @@ class Run:
         inputs = self.calibration.inputs
         part = self.ranks.shard(len(next(iter(inputs.values()))))
         shard = {name: values[part].to(device) for name, values in inputs.items()}
-        return BlockStream(self.model, self.parts, shard, batch=self.batch)
+        batch = self.reconstruct.sequences if self.reconstruct and self.batch is None else self.batch
+        return BlockStream(self.model, self.parts, shard, batch=batch)
 
 
 class _Streams:
@@ -89,8 +94,8 @@ class _Streams:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.pruned = run.stream()
-        # Until the first pruned weight both are one; the dense one is needed for a blended target only.
-        self.dense = run.stream() if run.blend > 0 else None
+        # Until the first pruned weight both are one; the dense one is needed for targets only.
+        self.dense = run.stream() if run.blend > 0 or run.reconstruct else None
         self._differ = False
         self.tokens = int(run.ranks.sum_(torch.tensor(self.pruned.tokens)))
 
@@ -126,6 +131,13 @@ class _Streams:
         if self.dense is not None:
             self.dense.advance()
         self._differ = True
+
+    def reconstruct(self, step: Step, settings: Reconstruction) -> tuple[float, float] | None:
+        """Train what a step has pruned against the dense stream, which has moved on behind the block already."""
+        if self.dense is None or step.linears[0] is self.run.parts.head:
+            return None
+        block = self.run.parts.blocks[self.pruned.index].module
+        return reconstruct_block(block, step.linears, self.pruned, self.dense.hidden, settings)
 
     def _collect_head(self, statistics: _Statistics) -> None:
         tail = [self.run.model.get_submodule(name) for name in self.run.parts.tail]
@@ -213,14 +225,18 @@ def sweep(
             weights, reports = _solve_step(run, step, statistics)
         for linear in step.linears:
             linear.weight().copy_(weights[linear.name])
-        if state is not None and number in to_solve and run.ranks.rank == 0:
-            state.save(number, weights, reports)
         clock.lap("solve")
+        losses = None
+        if run.reconstruct and streams is not None and number in to_solve:
+            losses = streams.reconstruct(step, run.reconstruct)
+        clock.lap("reconstruct")
+        if state is not None and number in to_solve and run.ranks.rank == 0:
+            state.save(number, {linear.name: linear.weight() for linear in step.linears}, reports)
         if streams is not None and ahead:
             streams.pruned.advance()
         clock.lap("advance")
         layers += reports
-        blocks.append(BlockReport(step.name, **clock.seconds))
+        blocks.append(BlockReport(step.name, **clock.seconds, losses=losses))
         if on_progress is not None:
             on_progress(_progress(len(steps), blocks, resumed, reports))
     return layers, blocks

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from lissom.models.tiny import build_tiny
+from lissom.models.walk import describe
+from lissom.pruning import Reconstruction, prune_model
+
+IDS = torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+
+
+def _outputs_error(model, dense):
+    with torch.no_grad():
+        wanted = dense.model(IDS).last_hidden_state
+        return ((model.model(IDS).last_hidden_state - wanted).square().sum() / wanted.square().sum()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reconstruction_keeps_the_mask_and_lowers_the_error(dtype):
+    dense = build_tiny("llama", dtype=dtype)
+    errors, masks = [], []
+    for reconstruct in (None, Reconstruction(passes=8, learning_rate=2e-2, sequences=4)):
+        model = build_tiny("llama", dtype=dtype)
+        report = prune_model(model, pattern="2:4", method="wanda", data=IDS, reconstruct=reconstruct)
+        errors.append(_outputs_error(model, dense))
+        masks.append([linear.weight() == 0 for linear in describe(model).linears()])
+    assert all(torch.equal(*pair) for pair in zip(*masks) if pair[0].sum() == pair[1].sum())
+    assert errors[1] < 0.8 * errors[0]
+    assert all(block.losses[1] < block.losses[0] for block in report.blocks)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "olmoe", "mamba"])
+def test_other_kinds_of_weights(family):
+    model = build_tiny(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = prune_model(
+        model, pattern="50%", method="wanda", data=IDS, strict=False, reconstruct=Reconstruction(passes=1)
+    )
+    touched = {linear.stored for linear in describe(model).linears() if linear.name in report_names(report)}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == touched
+    for linear in describe(model).linears():
+        if linear.name in report_names(report):
+            assert (linear.weight() == 0).sum() >= linear.weight().numel() // 2 - linear.shape[0]
+
+
+def report_names(report):
+    return {layer.name for layer in report.layers}
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"passes": 0}, "passes must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, r"learning_rate must lie in \(0, 1\), got 0.0"),
+        ({"sequences": 0}, "sequences must be at least 1, got 0"),
+    ],
+)
+def test_rejections(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Reconstruction(**arguments)
