@@ -3,15 +3,18 @@
 
 from .names import matches, select
 from .stream import BlockStream
-from .walk import Block, LinearRef, ModelMap, UnsupportedModelError, describe
+from .taps import Tap
+from .walk import Block, LinearRef, ModelMap, UnsupportedModelError, describe, packing_obstacles
 
 __all__ = [
     "Block",
     "BlockStream",
     "LinearRef",
     "ModelMap",
+    "Tap",
     "UnsupportedModelError",
     "describe",
     "matches",
+    "packing_obstacles",
     "select",
 ]
