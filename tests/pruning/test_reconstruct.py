@@ -23,8 +23,9 @@ def test_reconstruction_keeps_the_mask_and_lowers_the_error(dtype):
         model = build_tiny("llama", dtype=dtype)
         report = prune_model(model, pattern="2:4", method="wanda", data=IDS, reconstruct=reconstruct)
         errors.append(_outputs_error(model, dense))
-        masks.append([linear.weight() == 0 for linear in describe(model).linears()])
-    assert all(torch.equal(*pair) for pair in zip(*masks) if pair[0].sum() == pair[1].sum())
+        # Later blocks see other inputs and choose other masks.
+        masks.append([linear.weight() == 0 for linear in describe(model).blocks[0].linears])
+    assert all(torch.equal(*pair) for pair in zip(*masks))
     assert errors[1] < 0.8 * errors[0]
     assert all(block.losses[1] < block.losses[0] for block in report.blocks)
 
@@ -36,15 +37,15 @@ def test_other_kinds_of_weights(family):
     report = prune_model(
         model, pattern="50%", method="wanda", data=IDS, strict=False, reconstruct=Reconstruction(passes=1)
     )
-    touched = {linear.stored for linear in describe(model).linears() if linear.name in report_names(report)}
+    touched = {linear.stored for linear in describe(model).linears() if linear.name in _names(report)}
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == touched
     for linear in describe(model).linears():
-        if linear.name in report_names(report):
+        if linear.name in _names(report):
             assert (linear.weight() == 0).sum() >= linear.weight().numel() // 2 - linear.shape[0]
 
 
-def report_names(report):
+def _names(report):
     return {layer.name for layer in report.layers}
 
 
