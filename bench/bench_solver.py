@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +22,13 @@ from lissom.ops import solver
 from lissom.pruning.pattern import mark_group, mark_lowest
 
 SHAPES = ((3072, 576), (576, 1536), (4096, 4096))
-Call = Callable[[], object]
+
+
+class Call(NamedTuple):
+    """What is timed, and what must be done before without being timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
 
 
 def admm(rows: int, columns: int, pattern: str) -> dict[str, Call]:
@@ -48,13 +54,49 @@ def admm(rows: int, columns: int, pattern: str) -> dict[str, Call]:
     def ours() -> None:
         solver.solver_admm_step_(x, dual, pull, right, rho, rho * rise, kept, group)
 
-    return {"ours": ours, "torch": in_torch}
+    return {"ours": Call(ours), "torch": Call(in_torch)}
+
+
+def pcg(rows: int, columns: int) -> dict[str, Call]:
+    """One step of conjugate gradients behind its product with H, half of the weights kept."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(rows, columns, generator=generator) for _ in range(4)]
+    start[3] += 3 * start[2]  # q = p H for some positive definite H
+    pruned = torch.rand(rows, columns, generator=generator) < 0.5
+    scale, energy = torch.rand(columns, generator=generator) + 0.5, torch.ones(rows)
+    state = [tensor.clone() for tensor in start]
+    work = torch.empty_like(start[0])
+
+    def again() -> None:
+        for tensor, first in zip(state, start):
+            tensor.copy_(first)
+        energy.fill_(1)
+
+    def row_dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vecdot(left, right)[:, None]
+
+    def in_torch() -> None:
+        weight, residual, step, image = state
+        before = energy[:, None]
+        length = torch.where(before > 0, before / row_dot(step, image), 0)
+        weight.addcmul_(step, length)
+        residual.addcmul_(image, length, value=-1).masked_fill_(pruned, 0)
+        torch.mul(residual, scale, out=work)
+        after = row_dot(residual, work)
+        step.mul_(torch.where(before > 0, after / before, 0)).add_(work)
+        residual.norm()
+
+    def ours() -> None:
+        solver.solver_pcg_step_(*state, energy, scale, pruned)
+
+    return {"ours": Call(ours, again), "torch": Call(in_torch, again)}
 
 
 CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
     "admm 2:4": lambda rows, columns: admm(rows, columns, "2:4"),
     "admm 4:8": lambda rows, columns: admm(rows, columns, "4:8"),
     "admm 50%": lambda rows, columns: admm(rows, columns, "50%"),
+    "pcg": pcg,
 }
 
 
@@ -64,7 +106,7 @@ CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
 def test_solver(benchmark: Callable[..., Any], *, case: str, shape: tuple[int, int], contender: str) -> None:
     call = CASES[case](*shape)[contender]
     with machine.torch_threads(1), torch.inference_mode():
-        benchmark.pedantic(call, rounds=9, warmup_rounds=1)
+        benchmark.pedantic(call.run, setup=call.prepare, rounds=9, warmup_rounds=1)
 
 
 def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
@@ -72,8 +114,9 @@ def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first one warms up
         for name, call in calls.items():
+            call.prepare()
             start = time.thread_time()
-            call()
+            call.run()
             seconds[name].append(time.thread_time() - start)
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
 

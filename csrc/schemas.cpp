@@ -38,4 +38,8 @@ TORCH_LIBRARY(lissom, m) {
   m.def(
       "solver_admm_step_(Tensor x, Tensor(a!) u, Tensor? b, Tensor(b!) rhs, float rho, float rho_next,"
       " SymInt kept, SymInt group, Tensor? forced=None) -> Tensor");
+  // One step of conjugate gradients behind q = p H. [R]: <r, r> of each row.
+  m.def(
+      "solver_pcg_step_(Tensor(a!) w, Tensor(b!) r, Tensor(c!) p, Tensor q, Tensor(d!) energy, Tensor scale,"
+      " Tensor pruned) -> Tensor");
 }

@@ -28,11 +28,25 @@ struct Admm {
   T rho, rho_next;
 };
 
+// One step of conjugate gradients on w_S H_SS = b_S of every row, S the entries that are not pruned, with the diagonal of
+// H as preconditioner. q = p H; energy = <r, scale r>, of a solved row 0: such rows stay as they are.
+template <class T>
+struct Pcg {
+  int64_t columns;
+  T *w, *r, *p;  // [rows, columns]; r and p are 0 where pruned
+  const T* q;
+  T* energy;       // [rows]
+  const T* scale;  // [columns], 1 / diag(H)
+  const uint8_t* pruned;
+  T* norm;  // [rows]: the new <r, r>
+};
+
 template <class T>
 struct Kernels {
   // Entries [begin, end), whole groups. scratch: 2 * group entries if group > kRankedGroup. Returns how many entries
   // changed between kept and pruned.
   int64_t (*admm_step)(const Admm<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*pcg_step)(const Pcg<T>&, int64_t row_begin, int64_t row_end);
 };
 
 template <class T>

@@ -267,3 +267,140 @@ def test_admm_errors(change, error, words):
         solver.solver_admm_step_(**arguments)
     with pytest.raises(error, match="solver_admm_step_: "):
         twin.admm_step_(**arguments)
+
+
+# --- conjugate gradients ---
+
+
+def pcg_problem(rows: int, columns: int, dtype: torch.dtype, *, condition: float = 30.0):
+    """H, wanted right-hand side b, mask, and the state of a start at zero."""
+    vectors = torch.linalg.qr(randn(columns, columns, dtype=torch.float64))[0]
+    values = torch.logspace(0, -math.log10(condition), columns, dtype=torch.float64)
+    h = ((vectors * values) @ vectors.t()).to(dtype)
+    pruned = randn(rows, columns, seed=2) > 0
+    b = randn(rows, columns, dtype=dtype, seed=3)
+    scale = h.diagonal().reciprocal()
+    r = b.masked_fill(pruned, 0)
+    p = r * scale
+    return h, b, pruned, [torch.zeros_like(b), r, p, (r * p).sum(1)], scale
+
+
+@pytest.mark.parametrize("columns", [1, 3, 16, 17, 37, 64, 100, 200])
+def test_pcg_reaches_the_exact_solution(tier, dtype, columns):
+    h, b, pruned, (w, r, p, energy), scale = pcg_problem(5, columns, dtype)
+    for _ in range(min(columns, 60)):
+        norms = solver.solver_pcg_step_(w, r, p, p @ h, energy, scale, pruned)
+    unit = torch.finfo(dtype).eps
+    assert (norms.sqrt() <= 1e3 * unit * b.norm(dim=1)).all()
+    for row in range(5):
+        kept = ~pruned[row]
+        exact = torch.zeros(columns, dtype=torch.float64)
+        exact[kept] = torch.linalg.solve(h.double()[kept][:, kept], b[row].double()[kept])
+        assert (w[row].double() - exact).norm() <= 300 * unit * (1 + exact.norm())
+        assert (w[row][pruned[row]] == 0).all()
+
+
+def test_pcg_one_step_in_float64_terms(tier, dtype):
+    """Each quantity of one step from its definition, from a state with other numbers than a start has."""
+    h, _, pruned, (w, r, p, energy), scale = pcg_problem(7, 83, dtype)
+    for _ in range(3):
+        solver.solver_pcg_step_(w, r, p, p @ h, energy, scale, pruned)
+    q = p @ h
+    old = [t.to(torch.float64, copy=True) for t in (w, r, p, q, energy, scale)]
+    norms = solver.solver_pcg_step_(w, r, p, q, energy, scale, pruned)
+    length = (old[4] / (old[2] * old[3]).sum(1))[:, None]
+    exact_w = old[0] + length * old[2]
+    exact_r = (old[1] - length * old[3]).masked_fill(pruned, 0)
+    after = (exact_r * exact_r * old[5]).sum(1)
+    exact_p = exact_r * old[5] + (after / old[4])[:, None] * old[2]
+    limits = {"rtol": 20 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
+    for got, exact in ((w, exact_w), (r, exact_r), (p, exact_p), (energy, after)):
+        torch.testing.assert_close(got.double(), exact, **limits)
+    torch.testing.assert_close(norms.double(), exact_r.square().sum(1), **limits)
+
+
+def test_pcg_leaves_solved_rows_alone(tier, dtype):
+    """Zero rows, fully pruned rows, rows without curvature: no NaN, not one bit changes."""
+    h, _, pruned, (w, r, p, energy), scale = pcg_problem(6, 40, dtype)
+    r[1] = p[1] = energy[1] = 0
+    pruned[2] = True
+    r[2] = p[2] = energy[2] = 0
+    q = p @ h
+    q[4] = -q[4]
+    w += 1
+    before = [t.clone() for t in (w, r, p, energy)]
+    norms = solver.solver_pcg_step_(w, r, p, q, energy, scale, pruned)
+    for old, new in zip(before, (w, r, p, energy)):
+        assert new.isfinite().all()
+        assert torch.equal(old[[1, 2, 4]], new[[1, 2, 4]])
+        assert not torch.equal(old[[0, 3, 5]], new[[0, 3, 5]])
+    assert norms[[1, 2]].tolist() == [0, 0]
+    torch.testing.assert_close(norms[4], r[4].square().sum())
+
+
+def test_pcg_same_for_any_number_of_threads(tier):
+    seen = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        h, _, pruned, (w, r, p, energy), scale = pcg_problem(301, 230, torch.float32)
+        q = (p.double() @ h.double()).float()
+        norms = solver.solver_pcg_step_(w, r, p, q, energy, scale, pruned)
+        seen.append((w, r, p, energy, norms))
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
+
+
+def test_pcg_twin(tier, dtype):
+    h, _, pruned, state, scale = pcg_problem(6, 50, dtype)
+    state[1][2] = state[2][2] = state[3][2] = 0
+    theirs = [t.clone() for t in state]
+    for _ in range(2):
+        ours_norm = solver.solver_pcg_step_(*state[:3], state[2] @ h, state[3], scale, pruned)
+        theirs_norm = twin.pcg_step_(*theirs[:3], theirs[2] @ h, theirs[3], scale, pruned)
+    for a, b in zip([*state, ours_norm], [*theirs, theirs_norm]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0), (0, 0)])
+def test_pcg_empty(tier, rows, columns):
+    w = torch.zeros(rows, columns)
+    norms = solver.solver_pcg_step_(
+        w, w.clone(), w.clone(), w.clone(), torch.zeros(rows), torch.ones(columns), w.bool()
+    )
+    assert norms.tolist() == [0] * rows
+
+
+def test_pcg_opcheck(dtype):
+    h, _, pruned, (w, r, p, energy), scale = pcg_problem(4, 24, dtype)
+    operator = torch.ops.lissom.solver_pcg_step_.default
+    for rows in (slice(None), slice(0)):
+        state = [t[rows].clone() for t in (w, r, p, p @ h, energy)]
+        result = torch.library.opcheck(operator, (*state, scale, pruned[rows]), test_utils=CHECKS)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"w": torch.ones(3, 8, dtype=torch.half)}, TypeError, "w must be float32 or float64; got Half"),
+        ({"w": torch.ones(24)}, ValueError, r"w must be contiguous \[R, C\]; got \[24\]"),
+        ({"w": torch.ones(8, 3).t()}, ValueError, "w must be contiguous.*strides"),
+        ({"q": torch.ones(3, 9)}, ValueError, r"q must be contiguous \[3, 8\]; got \[3, 9\]"),
+        ({"r": torch.ones(3, 8).double()}, TypeError, "r must be Float; got Double"),
+        ({"energy": torch.ones(3, 1)}, ValueError, r"energy must be contiguous \[3\]; got \[3, 1\]"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale must be contiguous \[8\]; got \[3\]"),
+        ({"pruned": torch.ones(3, 8)}, TypeError, "pruned must be Bool"),
+    ],
+)
+def test_pcg_errors(change, error, words):
+    tensors = {name: torch.ones(3, 8) for name in "wrpq"}
+    tensors |= {
+        "energy": torch.ones(3),
+        "scale": torch.ones(8),
+        "pruned": torch.zeros(3, 8, dtype=torch.bool),
+    }
+    tensors |= change
+    with pytest.raises(error, match=words):
+        solver.solver_pcg_step_(**tensors)
+    with pytest.raises(error, match="solver_pcg_step_: "):
+        twin.pcg_step_(**tensors)

@@ -69,13 +69,12 @@ const uint8_t* mask_data(const MaybeTensor& t) {
   return t ? static_cast<const uint8_t*>(t->const_data_ptr()) : nullptr;
 }
 
-// `t` must look like `like`, in which the caller names the shape; masks are bool.
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, at::ScalarType dtype) {
+void check_like(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape,
+                at::ScalarType dtype) {
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, "lissom::", op, ": ", name, " must be ", dtype, "; got ",
                    t.scalar_type());
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes() && t.is_contiguous(), "lissom::", op, ": ", name,
-                    " must be contiguous ", shape_of(like), "; got ", shape_of(t), " with strides ",
-                    t.strides());
+  TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous(), "lissom::", op, ": ", name,
+                    " must be contiguous ", shape, "; got ", shape_of(t), " with strides ", t.strides());
 }
 
 void check_float(const char* op, const char* name, const Tensor& t) {
@@ -98,10 +97,10 @@ Tensor admm_step(const Tensor& x, const Tensor& u, const MaybeTensor& b, const T
   check_float(op, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_contiguous(), "lissom::", op,
                     ": x must be contiguous [..., C]; got ", shape_of(x), " with strides ", x.strides());
-  check_like(op, "u", u, x, x.scalar_type());
-  if (b) check_like(op, "b", *b, x, x.scalar_type());
-  check_like(op, "rhs", rhs, x, x.scalar_type());
-  if (forced) check_like(op, "forced", *forced, x, at::kBool);
+  check_like(op, "u", u, x.sizes(), x.scalar_type());
+  if (b) check_like(op, "b", *b, x.sizes(), x.scalar_type());
+  check_like(op, "rhs", rhs, x.sizes(), x.scalar_type());
+  if (forced) check_like(op, "forced", *forced, x.sizes(), at::kBool);
   TORCH_CHECK_VALUE(rho > 0 && rho_next > 0, "lissom::", op, ": rho and rho_next must be positive; got ", rho,
                     " and ", rho_next);
   TORCH_CHECK_VALUE(
@@ -137,8 +136,43 @@ Tensor admm_step(const Tensor& x, const Tensor& u, const MaybeTensor& b, const T
   return at::scalar_tensor(changed.load(), x.options().dtype(at::kLong));
 }
 
+Tensor pcg_step(const Tensor& w, const Tensor& r, const Tensor& p, const Tensor& q, const Tensor& energy,
+                const Tensor& scale, const Tensor& pruned) {
+  constexpr const char* op = "solver_pcg_step_";
+  check_float(op, "w", w);
+  TORCH_CHECK_VALUE(w.dim() == 2 && w.is_contiguous(), "lissom::", op, ": w must be contiguous [R, C]; got ",
+                    shape_of(w), " with strides ", w.strides());
+  const int64_t rows = w.size(0), columns = w.size(1);
+  check_like(op, "r", r, w.sizes(), w.scalar_type());
+  check_like(op, "p", p, w.sizes(), w.scalar_type());
+  check_like(op, "q", q, w.sizes(), w.scalar_type());
+  check_like(op, "energy", energy, {rows}, w.scalar_type());
+  check_like(op, "scale", scale, {columns}, w.scalar_type());
+  check_like(op, "pruned", pruned, w.sizes(), at::kBool);
+  Tensor norm = at::empty({rows}, w.options());
+  with_type(w, [&](auto zero) {
+    using T = decltype(zero);
+    const Pcg<T> step = {columns,
+                         mutable_data<T>(w),
+                         mutable_data<T>(r),
+                         mutable_data<T>(p),
+                         data<T>(q),
+                         mutable_data<T>(energy),
+                         data<T>(scale),
+                         mask_data(pruned),
+                         mutable_data<T>(norm)};
+    const auto run = kernels<T>(cpu_isa()).pcg_step;
+    parallel(rows, kThreadWork / std::max<int64_t>(columns, 1),
+             [&](int64_t begin, int64_t end) { run(step, begin, end); });
+  });
+  return norm;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lissom, CPU, m) { m.impl("solver_admm_step_", admm_step); }
+TORCH_LIBRARY_IMPL(lissom, CPU, m) {
+  m.impl("solver_admm_step_", admm_step);
+  m.impl("solver_pcg_step_", pcg_step);
+}
 
 }  // namespace lissom::solver

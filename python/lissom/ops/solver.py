@@ -73,6 +73,40 @@ def solver_admm_mask(u: Tensor) -> Tensor:
     return twin.admm_mask(u)
 
 
+def solver_pcg_step_(
+    w: Tensor, r: Tensor, p: Tensor, q: Tensor, energy: Tensor, scale: Tensor, pruned: Tensor
+) -> Tensor:
+    """One step of conjugate gradients for w_S H_SS = b_S of every row, behind the product q = p H.
+
+    S is what the mask keeps in the row. With step sizes of its own for each row,
+
+        w += a p,  r -= a q on S,  p = scale r + (energy' / energy) p       a = energy / <p, q>,  energy = <r, scale r>
+
+    Rows with energy 0, or without curvature <p, q> > 0, stay as they are. Start with r = (b - w H) and w zero where
+    pruned, p = scale r, energy = <r, p>.
+
+    Args:
+        w, r, p: [R, C] float32 or float64, contiguous: weights, residual, direction; read and written.
+        q: [R, C], the product p H.
+        energy: [R], read and written.
+        scale: [C], the preconditioner 1 / diag(H).
+        pruned: bool [R, C], True outside of S.
+
+    Returns:
+        [R]: the new <r, r>.
+
+    Raises:
+        ValueError: shapes or strides. TypeError: dtypes.
+
+    >>> h, b = torch.tensor([[2.0]]), torch.tensor([[6.0]])
+    >>> w, r, p, energy = torch.zeros(1, 1), b.clone(), b / 2, torch.tensor([18.0])
+    >>> mask = torch.zeros(1, 1, dtype=torch.bool)
+    >>> solver_pcg_step_(w, r, p, p @ h, energy, torch.tensor([0.5]), mask).item(), w.item()
+    (0.0, 3.0)
+    """
+    return _ops.solver_pcg_step_(w, r, p, q, energy, scale, pruned)
+
+
 # --- shapes without data
 
 
@@ -92,8 +126,14 @@ def _(
     return x.new_empty((), dtype=torch.int64)
 
 
+@torch.library.register_fake("lissom::solver_pcg_step_")
+def _(w: Tensor, r: Tensor, p: Tensor, q: Tensor, energy: Tensor, scale: Tensor, pruned: Tensor) -> Tensor:
+    twin.check_pcg_step(w, r, p, q, energy, scale, pruned)
+    return torch.empty_like(energy)
+
+
 # --- any other device: the twins
 
 _library = torch.library.Library("lissom", "FRAGMENT")
-for _name in ("admm_step_",):
+for _name in ("admm_step_", "pcg_step_"):
     _library.impl(f"solver_{_name}", getattr(twin, _name), "CompositeExplicitAutograd")

@@ -17,17 +17,18 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"lissom::{op}: {name} must be float32 or float64; got {tensor.dtype}")
 
 
-def check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
-    """Tensors of the shape and dtype of `like`; those called "forced" are masks."""
+def check_like(
+    op: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, **tensors: Tensor | None
+) -> None:
+    """Contiguous tensors of one shape and dtype."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        dtype = torch.bool if name == "forced" else like.dtype
         if tensor.dtype != dtype:
             raise TypeError(f"lissom::{op}: {name} must be {dtype}; got {tensor.dtype}")
-        if tensor.shape != like.shape or not tensor.is_contiguous():
+        if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"lissom::{op}: {name} must be contiguous {list(like.shape)}; got {list(tensor.shape)} with "
+                f"lissom::{op}: {name} must be contiguous {list(shape)}; got {list(tensor.shape)} with "
                 f"strides {list(tensor.stride())}"
             )
 
@@ -58,7 +59,8 @@ def check_admm_step(
     check_float(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"lissom::{op}: x must be contiguous [..., C]; got {list(x.shape)}")
-    check_like(op, x, x=x, u=u, b=b, rhs=rhs, forced=forced)
+    check_like(op, x.shape, x.dtype, x=x, u=u, b=b, rhs=rhs)
+    check_like(op, x.shape, torch.bool, forced=forced)
     if not (rho > 0 and rho_next > 0):
         raise ValueError(f"lissom::{op}: rho and rho_next must be positive; got {rho} and {rho_next}")
     check_group(op, x.shape[-1], kept, group)
@@ -100,3 +102,36 @@ def admm_step_(
     right = torch.where(pruned, -rho * z, rho_next * z)
     rhs.copy_(right if b is None else right + b)
     return changed
+
+
+def check_pcg_step(
+    w: Tensor, r: Tensor, p: Tensor, q: Tensor, energy: Tensor, scale: Tensor, pruned: Tensor
+) -> None:
+    """What `solver_pcg_step_` refuses."""
+    op = "solver_pcg_step_"
+    one_device(op, w=w, r=r, p=p, q=q, energy=energy, scale=scale, pruned=pruned)
+    check_float(op, "w", w)
+    if w.dim() != 2:
+        raise ValueError(f"lissom::{op}: w must be contiguous [R, C]; got {list(w.shape)}")
+    check_like(op, w.shape, w.dtype, w=w, r=r, p=p, q=q)
+    check_like(op, (w.shape[0],), w.dtype, energy=energy)
+    check_like(op, (w.shape[1],), w.dtype, scale=scale)
+    check_like(op, w.shape, torch.bool, pruned=pruned)
+
+
+def pcg_step_(
+    w: Tensor, r: Tensor, p: Tensor, q: Tensor, energy: Tensor, scale: Tensor, pruned: Tensor
+) -> Tensor:
+    """Twin of `solver_pcg_step_`."""
+    check_pcg_step(w, r, p, q, energy, scale, pruned)
+    curvature = torch.linalg.vecdot(p, q)
+    alive = (energy > 0) & (curvature > 0)
+    length = torch.where(alive, energy / curvature, 0)[:, None]
+    w.addcmul_(p, length)
+    r.copy_(torch.where(alive[:, None], (r - length * q).masked_fill(pruned, 0), r))
+    z = r * scale
+    after = torch.linalg.vecdot(r, z)
+    turned = z + (after / energy)[:, None] * p
+    p.copy_(torch.where(alive[:, None], turned, p))
+    energy.copy_(torch.where(alive, after, energy))
+    return torch.linalg.vecdot(r, r)
