@@ -49,7 +49,8 @@ def prune_by_mrp(problem: Problem) -> Solution:
     weight = problem.weight.clone()
     pruned = torch.zeros_like(weight, dtype=torch.bool)
     group = pattern.group or 1
-    width = -(-options.blocksize // group) * group
+    # Single weights are compensated at once, so mask M is chosen as late as possible: group by group.
+    width = group if variant == "MS" else -(-options.blocksize // group) * group
     for start in range(0, weight.shape[1], width):
         block = slice(start, min(start + width, weight.shape[1]))
         diagonal = factor[block, block]
