@@ -25,7 +25,7 @@ def prune_by_alps(problem: Problem) -> Solution:
 
     The dual V is zero on what is kept and rho (X + V / rho) on what is pruned, so Z = X + V / rho and its
     mask are the whole state. One eigendecomposition H = Q diag(e) Q^T serves every rho: an iteration is two
-    products of [R, C] with [C, C] and one pass over the weights. ALPS raises rho by how fast the mask
+    products of [R, C] with [C, C] (for many rows one, with the inverse formed) and one pass over the weights. ALPS raises rho by how fast the mask
     settles; a geometric schedule of fixed length finds masks as good and costs the same for every layer.
 
     Args:
@@ -44,10 +44,16 @@ def prune_by_alps(problem: Problem) -> Solution:
     sparse = weight.masked_fill(problem.mark(weight.abs(), scope="row"), 0)
     right = pull.add(sparse, alpha=rho)
     dual = torch.zeros_like(weight)  # V in units of the next penalty
-    spectral = torch.empty_like(weight)
+    spare = torch.empty_like(weight)
+    tall = len(weight) > 2 * len(vectors)
     for step in range(_ITERATIONS):
-        torch.mm(right, vectors, out=spectral)
-        dense = torch.mm(spectral.div_(values + rho), vectors.t(), out=right)
+        if tall:
+            inverse = (vectors / (values + rho)) @ vectors.t()
+            dense, spare = torch.mm(right, inverse, out=spare), right
+        else:
+            torch.mm(right, vectors, out=spare)
+            dense = torch.mm(spare.div_(values + rho), vectors.t(), out=right)
+        right = dense
         if step < _ITERATIONS - 1:
             _project_(problem, dense, dual, pull, rho, rho * rise)
             rho *= rise
