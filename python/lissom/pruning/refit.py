@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.solver import solver_pcg_step_
+
 _SCRATCH_ENTRIES = 1 << 25  # of one batch of exact solves: 128 MiB in float32
 
 
@@ -45,21 +47,15 @@ def refit(
     wanted = target @ hessian
     scale = hessian.diagonal().reciprocal()
     # Rows stop one by one, so that a row's result does not depend on its neighbours.
-    goal = tolerance**2 * _row_dot(wanted * scale, wanted)
+    goal = tolerance**2 * torch.linalg.vecdot(wanted * scale, wanted)
     residual = wanted.addmm_(weight, hessian, alpha=-1).masked_fill_(pruned, 0)
     step = residual * scale
-    energy = _row_dot(residual, step)
+    energy = torch.linalg.vecdot(residual, step)
     for _ in range(iterations):
-        moving = energy > goal
-        if not moving.any():
+        energy.masked_fill_(energy <= goal, 0)  # a row without energy is left alone
+        if not energy.any():
             break
-        image = step @ hessian
-        length = torch.where(moving, energy / _row_dot(step, image), 0)
-        weight.addcmul_(step, length)
-        residual.addcmul_(image, length, value=-1).masked_fill_(pruned, 0)
-        image = torch.mul(residual, scale, out=image)
-        before, energy = energy, _row_dot(residual, image)
-        step.mul_(torch.where(moving, energy / before, 0)).add_(image)
+        solver_pcg_step_(weight, residual, step, step @ hessian, energy, scale, pruned)
     return weight
 
 
@@ -116,7 +112,3 @@ def stationarity(
     left = torch.addmm(wanted, weight, hessian, alpha=-1).masked_fill_(pruned, 0)
     whole = wanted.norm().item()
     return left.norm().item() / whole if whole else left.norm().item()
-
-
-def _row_dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vecdot(left, right)[:, None]
