@@ -259,7 +259,8 @@ def locate(model: nn.Module, name: str) -> Place | None:
         The place, or None where there is none of that name.
 
     Example:
-        >>> locate(nn.Sequential(nn.Linear(3, 2)), "0").look().shape
+        >>> model = nn.Sequential(nn.Linear(3, 2))
+        >>> locate(model, "0").look().shape
         torch.Size([2, 3])
     """
     for path, attribute in ((name, "weight"), name.rpartition(".")[::2]):
