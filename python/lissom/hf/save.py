@@ -19,6 +19,7 @@ from lissom import ops
 from lissom.hf.atomic import replacing_directory
 from lissom.hf.card import CardFacts, render_card
 from lissom.hf.quantizer import Sparse24Config, packed_modules
+from lissom.models import packing_obstacles
 from lissom.nn import Sparse24Linear
 
 if TYPE_CHECKING:
@@ -138,12 +139,18 @@ def _two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     owners: dict[int, int] = {}
     for parameter in (p for m in model.modules() for p in m.parameters(recurse=False)):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    obstacles = packing_obstacles(model)
     for name, module in model.named_modules():
         if isinstance(module, Sparse24Linear):
             yield name, module
             continue
         weight = _linear_weight(module)
-        if weight is None or owners[id(module.weight)] > 1 or weight.dtype not in _PACKABLE:
+        if (
+            weight is None
+            or name in obstacles
+            or owners[id(module.weight)] > 1
+            or weight.dtype not in _PACKABLE
+        ):
             continue
         if weight.shape[1] % 4 == 0 and weight.numel() and ops.sparse24_check(weight)[0]:
             yield name, module

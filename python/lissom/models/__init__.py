@@ -4,7 +4,14 @@
 from .names import matches, select
 from .stream import BlockStream
 from .taps import Tap
-from .walk import Block, LinearRef, ModelMap, UnsupportedModelError, describe, packing_obstacles
+from .walk import (
+    Block,
+    LinearRef,
+    ModelMap,
+    UnsupportedModelError,
+    describe,
+    packing_obstacles,
+)
 
 __all__ = [
     "Block",

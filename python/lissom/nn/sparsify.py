@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lissom import ops
-from lissom.models.names import matches
+from lissom.models import matches, packing_obstacles
 from lissom.nn.sparse24_linear import Sparse24Linear
 from lissom.reference.sparse24 import DTYPES, packed_bytes
 
@@ -83,8 +83,11 @@ def sparsify(
     """
     report = SparsifyReport()
     uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+        if parameter.dim() == 3 and "expert" in name:
+            report.left.append((name, "is a fused weight of experts, for which there is no 2:4 kernel yet"))
+    obstacles = packing_obstacles(model)
     for name, module in list(model.named_modules()):
         linear = _as_linear(module)
         if linear is None:
@@ -96,7 +99,7 @@ def sparsify(
             report.left.append((name, "excluded"))
             continue
         shared = uses.get(id(module.weight), 0) > 1
-        reason = _reason_to_leave(linear, shared=shared, hooked=_has_hooks(module))
+        reason = obstacles.get(name) or _reason_to_leave(linear, shared=shared, hooked=_has_hooks(module))
         if reason is not None:
             report.left.append((name, reason))
             continue

@@ -180,8 +180,9 @@ def select_linears(
         parts: map of the model.
         pattern: what to prune everywhere, or a map of layers to patterns; n:m needs a number of inputs that
             m divides.
-        include: names or `re:` patterns; None takes every linear of every block. The output layer is taken
-            only when it is named literally, here or by an entry of the map.
+        include: names or `re:` patterns; None takes every linear of every block. The output layer, and
+            layers whose weight the block reads by itself (`LinearRef.aside`), are taken only when they are
+            named literally, here or by an entry of the map.
         exclude: names or `re:` patterns to leave.
         strict: raise for a chosen layer that cannot be pruned (shape, tied weight) instead of leaving it.
 
@@ -205,6 +206,10 @@ def select_linears(
     patterns: dict[str, Pattern] = {}
     for name in chosen:
         own = wanted.of(name)
+        aside = refs[name].aside
+        if aside is not None and name not in (include or ()) and name not in wanted:
+            left[name] = f"{aside}; it is pruned only when named"
+            continue
         reason = wanted.why_dense(name) if own is None else _obstacle(refs[name], own)
         if own is not None and reason and strict:
             raise ValueError(
