@@ -112,7 +112,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Example:
         >>> from lissom import assets
         >>> stored_tensors(assets.TINY_LLAMA)["model.norm.weight"].dtype
-        'F32'
+        'BF16'
     """
     infos = read_tensors(find_weight_files(folder))
     starts = {file: _starts(file) for file in {info.file for info in infos.values()}}
