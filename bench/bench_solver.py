@@ -92,11 +92,44 @@ def pcg(rows: int, columns: int) -> dict[str, Call]:
     return {"ours": Call(ours, again), "torch": Call(in_torch, again)}
 
 
+def sparsegpt(rows: int, _columns: int, pattern: str) -> dict[str, Call]:
+    """The pass over one block of 128 columns; pattern "n:m", or "mask" for a given one."""
+    width = 128
+    kept, group = (int(n) for n in pattern.split(":")) if ":" in pattern else (1, 1)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, rows, generator=generator)
+    marks = (torch.rand(width, rows, generator=generator) < 0.5) & (group == 1)
+    factor = torch.randn(width, width, generator=generator).mul_(0.1).triu_(1) + torch.eye(width)
+    tile, pruned = start.clone(), marks.clone()
+
+    def again() -> None:
+        tile.copy_(start)
+        pruned.copy_(marks)
+
+    def in_torch() -> None:
+        scale = factor.diagonal()[:, None]
+        errors = torch.empty_like(tile)
+        for column in range(width):
+            if group > 1 and column % group == 0:
+                part = slice(column, column + group)
+                pruned[part] = mark_group((tile[part] / scale[part]).square_(), group - kept)
+            error = errors[column]
+            torch.mul(tile[column], pruned[column], out=error).div_(factor[column, column])
+            tile[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+
+    def ours() -> None:
+        solver.solver_sparsegpt_block_(tile, pruned, factor, kept, group)
+
+    return {"ours": Call(ours, again), "torch": Call(in_torch, again)}
+
+
 CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
     "admm 2:4": lambda rows, columns: admm(rows, columns, "2:4"),
     "admm 4:8": lambda rows, columns: admm(rows, columns, "4:8"),
     "admm 50%": lambda rows, columns: admm(rows, columns, "50%"),
     "pcg": pcg,
+    "sparsegpt 2:4": lambda rows, columns: sparsegpt(rows, columns, "2:4"),
+    "sparsegpt mask": lambda rows, columns: sparsegpt(rows, columns, "mask"),
 }
 
 

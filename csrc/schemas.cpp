@@ -42,4 +42,8 @@ TORCH_LIBRARY(lissom, m) {
   m.def(
       "solver_pcg_step_(Tensor(a!) w, Tensor(b!) r, Tensor(c!) p, Tensor q, Tensor(d!) energy, Tensor scale,"
       " Tensor pruned) -> Tensor");
+  // SparseGPT's pass over one block of columns, columns first. [B, R]: the errors that the columns behind absorb.
+  m.def(
+      "solver_sparsegpt_block_(Tensor(a!) tile, Tensor(b!) pruned, Tensor factor, SymInt kept, SymInt group)"
+      " -> Tensor");
 }

@@ -41,12 +41,32 @@ struct Pcg {
   T* norm;  // [rows]: the new <r, r>
 };
 
+// The pass of SparseGPT over the columns of one block, columns first. Column by column the pruned weights are given up and
+// the columns behind take up their errors:
+//   error_j = pruned_j ? w_j / U_jj : 0,   w_k -= U_jk error_j for k > j
+// When the pass reaches a group, its `gone` entries of least |w| / U_jj are pruned; those that are marked before go first,
+// and all of them. What is pruned becomes 0.
+template <class T>
+struct SparseGpt {
+  int64_t columns, rows, group, gone;
+  T* tile;          // [columns, rows]
+  uint8_t* pruned;  // [columns, rows]
+  const T* factor;  // U [columns, columns], upper triangular
+  T* errors;        // [columns, rows]
+};
+constexpr int64_t kStripRows = 32;  // at most, of all tiers and types
+inline constexpr int64_t sparsegpt_scratch(int64_t columns, int64_t group) {
+  return (3 * columns + group) * kStripRows;
+}
+
 template <class T>
 struct Kernels {
   // Entries [begin, end), whole groups. scratch: 2 * group entries if group > kRankedGroup. Returns how many entries
   // changed between kept and pruned.
   int64_t (*admm_step)(const Admm<T>&, int64_t begin, int64_t end, T* scratch);
   void (*pcg_step)(const Pcg<T>&, int64_t row_begin, int64_t row_end);
+  // Rows [begin, end), begin a multiple of kStripRows. scratch: sparsegpt_scratch entries, aligned to 64 bytes.
+  void (*sparsegpt_block)(const SparseGpt<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 template <class T>

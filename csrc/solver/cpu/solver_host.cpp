@@ -2,6 +2,7 @@
 // The torch side of solver on the CPU: checks, allocation, threads. Compiled without ISA flags.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
@@ -82,6 +83,12 @@ void check_float(const char* op, const char* name, const Tensor& t) {
                    name, " must be float32 or float64; got ", t.scalar_type());
 }
 
+void check_group(const char* op, const char* name, int64_t columns, int64_t kept, int64_t group) {
+  TORCH_CHECK_VALUE(group >= 1 && kept >= 0 && kept <= group && columns % group == 0, "lissom::", op,
+                    ": kept of group entries must fit with 0 <= kept <= group and ", name,
+                    " a multiple of group; got kept=", kept, ", group=", group, " and ", name, "=", columns);
+}
+
 // Runs body<T>() for the float type of a tensor.
 template <class Body>
 void with_type(const Tensor& t, const Body& body) {
@@ -103,10 +110,7 @@ Tensor admm_step(const Tensor& x, const Tensor& u, const MaybeTensor& b, const T
   if (forced) check_like(op, "forced", *forced, x.sizes(), at::kBool);
   TORCH_CHECK_VALUE(rho > 0 && rho_next > 0, "lissom::", op, ": rho and rho_next must be positive; got ", rho,
                     " and ", rho_next);
-  TORCH_CHECK_VALUE(
-      group >= 1 && kept >= 0 && kept <= group && x.size(-1) % group == 0, "lissom::", op,
-      ": kept of group entries must fit with 0 <= kept <= group and C a multiple of group; got kept=", kept,
-      ", group=", group, " and C=", x.size(-1));
+  check_group(op, "C", x.size(-1), kept, group);
   const int64_t count = x.numel();
   std::atomic<int64_t> changed{0};
   // Units end where groups and vectors end, so that no result depends on how units are dealt to threads.
@@ -168,11 +172,49 @@ Tensor pcg_step(const Tensor& w, const Tensor& r, const Tensor& p, const Tensor&
   return norm;
 }
 
+Tensor sparsegpt_block(const Tensor& tile, const Tensor& pruned, const Tensor& factor_in, int64_t kept,
+                       int64_t group) {
+  constexpr const char* op = "solver_sparsegpt_block_";
+  check_float(op, "tile", tile);
+  TORCH_CHECK_VALUE(tile.dim() == 2 && tile.is_contiguous(), "lissom::", op,
+                    ": tile must be contiguous [B, R]; got ", shape_of(tile), " with strides ",
+                    tile.strides());
+  const int64_t columns = tile.size(0), rows = tile.size(1);
+  check_like(op, "pruned", pruned, tile.sizes(), at::kBool);
+  const Tensor factor =
+      factor_in.contiguous();  // a corner of a large matrix: its rows fall on the same cache lines
+  check_like(op, "factor", factor, {columns, columns}, tile.scalar_type());
+  check_group(op, "B", columns, kept, group);
+  Tensor errors = at::empty_like(tile);
+  const int64_t scratch_entries = sparsegpt_scratch(columns, group);
+  const Tensor scratch = at::empty({scratch_entries * at::get_num_threads()}, tile.options());
+  with_type(tile, [&](auto zero) {
+    using T = decltype(zero);
+    const SparseGpt<T> block = {columns,
+                                rows,
+                                group,
+                                group - kept,
+                                mutable_data<T>(tile),
+                                static_cast<uint8_t*>(pruned.mutable_data_ptr()),
+                                data<T>(factor),
+                                mutable_data<T>(errors)};
+    const auto run = kernels<T>(cpu_isa()).sparsegpt_block;
+    T* const room = mutable_data<T>(scratch);
+    const int64_t strip_work = std::max<int64_t>(columns, 1) * kStripRows;
+    parallel((rows + kStripRows - 1) / kStripRows, kThreadWork / strip_work, [&](int64_t begin, int64_t end) {
+      T* const own = room + scratch_entries * at::get_thread_num();
+      run(block, begin * kStripRows, std::min(end * kStripRows, rows), own);
+    });
+  });
+  return errors;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lissom, CPU, m) {
   m.impl("solver_admm_step_", admm_step);
   m.impl("solver_pcg_step_", pcg_step);
+  m.impl("solver_sparsegpt_block_", sparsegpt_block);
 }
 
 }  // namespace lissom::solver

@@ -11,12 +11,13 @@ constexpr int kBytes = 16;  // of a vector
 
 #include "solver/cpu/solver_admm.inc"
 #include "solver/cpu/solver_pcg.inc"
+#include "solver/cpu/solver_sparsegpt.inc"
 
 }  // namespace
 
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
-const Kernels<float> kFloat = {admm_step<float>, pcg_step<float>};
-const Kernels<double> kDouble = {admm_step<double>, pcg_step<double>};
+const Kernels<float> kFloat = {admm_step<float>, pcg_step<float>, sparsegpt_block<float>};
+const Kernels<double> kDouble = {admm_step<double>, pcg_step<double>, sparsegpt_block<double>};
 
 }  // namespace lissom::solver::portable

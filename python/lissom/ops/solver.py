@@ -107,6 +107,42 @@ def solver_pcg_step_(
     return _ops.solver_pcg_step_(w, r, p, q, energy, scale, pruned)
 
 
+def solver_sparsegpt_block_(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, group: int) -> Tensor:
+    """SparseGPT's pass over one block of columns: choice of the mask, errors, and compensation inside the block.
+
+    Column by column, with U the upper Cholesky factor of inv(H), the pruned weights are given up and the columns behind
+    take up their errors:
+
+        e_j = pruned_j ? w_j / U_jj : 0,   w_k -= U_jk e_j for k > j
+
+    When the pass reaches a group of columns, the group - kept entries of least |w| / U_jj are pruned; among equals the
+    first ones go. Columns behind the block are the caller's: weight[stop:].addmm_(U[start:stop, stop:].t(), errors,
+    alpha=-1).
+
+    Args:
+        tile: [B, R] float32 or float64, contiguous: weights, columns first; read and written: zeros where pruned.
+        pruned: bool [B, R], contiguous, read and written: what is marked before goes first, and all of it. A mask that
+            was chosen elsewhere comes with kept = group = 1.
+        factor: U of the block, [B, B], its diagonal positive; any strides.
+        kept, group: the pattern kept:group along B.
+
+    Returns:
+        errors [B, R].
+
+    Raises:
+        ValueError: shapes, strides or a pattern that does not fit. TypeError: dtypes.
+
+    Source: Frantar and Alistarh, arXiv 2301.00774, algorithm 1.
+
+    >>> tile, pruned = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1, dtype=torch.bool)
+    >>> solver_sparsegpt_block_(tile, pruned, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), 1, 2).tolist()
+    [[0.5], [0.0]]
+    >>> tile.tolist(), pruned.tolist()
+    ([[0.0], [2.5]], [[True], [False]])
+    """
+    return _ops.solver_sparsegpt_block_(tile, pruned, factor, kept, group)
+
+
 # --- shapes without data
 
 
@@ -132,8 +168,14 @@ def _(w: Tensor, r: Tensor, p: Tensor, q: Tensor, energy: Tensor, scale: Tensor,
     return torch.empty_like(energy)
 
 
+@torch.library.register_fake("lissom::solver_sparsegpt_block_")
+def _(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, group: int) -> Tensor:
+    twin.check_sparsegpt_block(tile, pruned, factor, kept, group)
+    return torch.empty_like(tile)
+
+
 # --- any other device: the twins
 
 _library = torch.library.Library("lissom", "FRAGMENT")
-for _name in ("admm_step_", "pcg_step_"):
+for _name in ("admm_step_", "pcg_step_", "sparsegpt_block_"):
     _library.impl(f"solver_{_name}", getattr(twin, _name), "CompositeExplicitAutograd")

@@ -33,12 +33,12 @@ def check_like(
             )
 
 
-def check_group(op: str, columns: int, kept: int, group: int) -> None:
+def check_group(op: str, columns: int, kept: int, group: int, *, name: str = "C") -> None:
     """kept of group entries, in whole groups."""
     if not (group >= 1 and 0 <= kept <= group and columns % group == 0):
         raise ValueError(
-            f"lissom::{op}: kept of group entries must fit with 0 <= kept <= group and C a multiple of group; "
-            f"got kept={kept}, group={group} and C={columns}"
+            f"lissom::{op}: kept of group entries must fit with 0 <= kept <= group and {name} a multiple of "
+            f"group; got kept={kept}, group={group} and {name}={columns}"
         )
 
 
@@ -135,3 +135,37 @@ def pcg_step_(
     p.copy_(torch.where(alive[:, None], turned, p))
     energy.copy_(torch.where(alive, after, energy))
     return torch.linalg.vecdot(r, r)
+
+
+def check_sparsegpt_block(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, group: int) -> None:
+    """What `solver_sparsegpt_block_` refuses."""
+    op = "solver_sparsegpt_block_"
+    one_device(op, tile=tile, pruned=pruned, factor=factor)
+    check_float(op, "tile", tile)
+    if tile.dim() != 2 or not tile.is_contiguous():
+        raise ValueError(
+            f"lissom::{op}: tile must be contiguous [B, R]; got {list(tile.shape)} with strides {list(tile.stride())}"
+        )
+    check_like(op, tile.shape, torch.bool, pruned=pruned)
+    if factor.dtype != tile.dtype:
+        raise TypeError(f"lissom::{op}: factor must be {tile.dtype}; got {factor.dtype}")
+    if factor.shape != (len(tile), len(tile)):
+        raise ValueError(f"lissom::{op}: factor must be [B, B] with B={len(tile)}; got {list(factor.shape)}")
+    check_group(op, len(tile), kept, group, name="B")
+
+
+def sparsegpt_block_(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, group: int) -> Tensor:
+    """Twin of `solver_sparsegpt_block_`."""
+    check_sparsegpt_block(tile, pruned, factor, kept, group)
+    errors = torch.empty_like(tile)
+    scale = factor.diagonal()[:, None]
+    for column in range(len(tile)):
+        if column % group == 0:
+            part = slice(column, column + group)
+            scores = (tile[part] / scale[part]).abs()
+            pruned[part] = mark_lowest(scores.t(), group - kept, pruned[part].t()).t()
+        gone = pruned[column]
+        errors[column] = torch.where(gone, tile[column] / scale[column], 0)
+        tile[column].masked_fill_(gone, 0)
+        tile[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    return errors
