@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "sparse24/sparse24.h"
 
@@ -160,7 +161,9 @@ void check_target(const char* op, c10::string_view target) {
                     ": target must be \"cpu-v1\" (the only one in this build); got \"", target, "\"");
 }
 
-Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) {
+// make(bytes, options): where the packed form goes.
+template <class Make>
+Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in, const Make& make) {
   TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::", op, ": values must be [N, K/2]; got ",
                     shape_of(values_in));
   const int64_t n = values_in.size(0), k = values_in.size(1) * 2;
@@ -168,7 +171,7 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) 
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
   require_legal_meta(op, meta, k);
   const DType t = element_type(op, values, "values");
-  Tensor packed = at::empty({packed_bytes(n, k, t)}, values.options().dtype(at::kByte));
+  Tensor packed = make(packed_bytes(n, k, t), values.options().dtype(at::kByte));
   uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const PackedHeader header = {
       {'L', 'I', 'S', 'S', 'O', 'M', '2', '4'}, kPackedVersion, static_cast<int32_t>(t), n, k, {}};
@@ -180,7 +183,7 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in) 
 
 Tensor pack(const Tensor& values, const Tensor& meta, c10::string_view target) {
   check_target("sparse24_pack", target);
-  return pack_for("sparse24_pack", values, meta);
+  return pack_for("sparse24_pack", values, meta, empty_streamed);
 }
 
 DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
@@ -348,7 +351,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const
 
 Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta,
                      const c10::optional<Tensor>& bias) {
-  const Tensor packed = pack_for("sparse24_linear_values", values, meta);
+  // One call's worth: torch's allocator, which hands out pages that it has already.
+  const Tensor packed =
+      pack_for("sparse24_linear_values", values, meta,
+               [](int64_t bytes, const at::TensorOptions& options) { return at::empty({bytes}, options); });
   return linear(x, packed, values.size(0), values.size(1) * 2, bias, "none", c10::nullopt, c10::nullopt);
 }
 
