@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ import torch
 
 _STREAM_BYTES = 512 << 20
 _GEMM = 2048
+_HUGE_PAGE = 2 << 20
+_MADV_COLLAPSE = 25
 
 
 @contextmanager
@@ -44,6 +48,26 @@ def median_seconds(calls: dict[str, Callable[[int], Any]], rounds: int) -> dict[
             if index >= 0:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def onto_huge_pages(address: int, count: int) -> bool:
+    """Moves memory that is already written onto huge pages, all but what fills none of them.
+
+    Args:
+        address: of the first byte. count: bytes.
+
+    Returns:
+        Whether it was done (Linux 6.1 or later; false if there is not one whole page).
+
+    >>> onto_huge_pages(0, 100)
+    False
+    """
+    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    length = (address + count) // _HUGE_PAGE * _HUGE_PAGE - first
+    if length <= 0 or not sys.platform.startswith("linux"):
+        return False
+    advise = ctypes.CDLL(None).madvise
+    return advise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_COLLAPSE) == 0
 
 
 def read_gbps(threads: int, *, rounds: int = 5) -> float:

@@ -50,7 +50,9 @@ def run(
 
     Returns:
         One dict a combination: dtype, M, N, K, threads, ours_us, path, peers {name: us} of the same dtype,
-        other_peers {name: us}, ratio_best (fastest peer over ours), byte_ratio (dense over packed), gflops
+        left_out {peer: reason}, other_peers {name: us}, ratio_best (fastest peer over ours),
+        ratio_huge_pages (the same with the peer's weights on huge pages as ours are, which takes more than
+        torch does by itself; None where the system has none), byte_ratio (dense over packed), gflops
         (dense-equivalent: 2 M N K), gbps (packed bytes over time) and roofline_share (the time that bytes or
         arithmetic of the 2:4 form need at least, over ours; the ceilings are those that dense code reaches on
         this machine, so it may pass 1).
@@ -122,7 +124,8 @@ def tune(*, threads: int = 1) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with machine.torch_threads(threads), torch.inference_mode():
         for name in ("float32", "bfloat16", "float16"):
-            packed, x = _packed_weight(4096, 4096, getattr(torch, name)), torch.randn(128, 4096)
+            packed = ops.sparse24_pack(*_compressed(4096, 4096, getattr(torch, name)))
+            x = torch.randn(128, 4096)
             for m in (8, 16, 24, 32, 48, 64, 96, 128):
                 calls = {
                     path: _forced(path, x[:m].to(getattr(torch, name)), packed)
@@ -152,8 +155,8 @@ def _forced(path: str, x: Tensor, packed: Tensor) -> Callable[[int], Tensor]:
     return call
 
 
-def _packed_weight(n: int, k: int, dtype: torch.dtype) -> Tensor:
-    return ops.sparse24_pack(*ops.sparse24_compress(torch.randn(n, k).to(dtype), pattern="magnitude"))
+def _compressed(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return ops.sparse24_compress(torch.randn(n, k).to(dtype), pattern="magnitude")
 
 
 def _rotating(make: Callable[[], Any], bytes_each: int, m: int) -> list[Any]:
@@ -169,17 +172,25 @@ def contenders(dtype: torch.dtype, m: int, n: int, k: int) -> dict[str, Callable
     """
     torch.manual_seed(0)
     x = torch.randn(m, k).to(dtype)
-    first = _packed_weight(n, k, dtype)
-    packed = _rotating(first.clone, first.numel(), m)
-    calls = {"ours": lambda r: ops.sparse24_linear(x, packed[r % len(packed)], n, k)}
-    return calls | _dense_peers(x, n)
+    return {"ours": _ours(x, n)} | _dense_peers(x, n)[0]
+
+
+def _ours(x: Tensor, n: int) -> Callable[[int], Tensor]:
+    m, k = x.shape
+    canonical = _compressed(n, k, x.dtype)
+    # Packed anew each time: a clone of a packed weight would not be on huge pages.
+    packed = _rotating(lambda: ops.sparse24_pack(*canonical), packed_bytes(n, k, x.dtype), m)
+    return lambda r: ops.sparse24_linear(x, packed[r % len(packed)], n, k)
 
 
 def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[str, Any]:
-    calls = contenders(dtype, m, n, k)
-    peers = [name for name in calls if name != "ours"]
+    torch.manual_seed(0)
+    x = torch.randn(m, k).to(dtype)
+    peers, left_out = _dense_peers(x, n)
+    huge = {f"{name}, huge pages": call for name, call in _dense_peers(x, n, huge_pages=True)[0].items()}
+    calls = {"ours": _ours(x, n)} | peers | huge
     if dtype != torch.float32:
-        widened = _dense_peers(torch.randn(m, k), n, only_onednn=True)
+        widened = _dense_peers(torch.randn(m, k), n, only_onednn=True)[0]
         calls |= {f"{name}, widened to float32": call for name, call in widened.items()}
     rounds = (5 if quick else 9) if m > 64 else (9 if quick else 25)
     micros = {name: 1e6 * s for name, s in machine.median_seconds(calls, rounds).items()}
@@ -193,8 +204,10 @@ def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[s
         "ours_us": ours,
         "path": _path_name(dtype, m),
         "peers": {name: micros[name] for name in peers},
+        "left_out": left_out,
         "other_peers": {name: t for name, t in micros.items() if name not in peers and name != "ours"},
         "ratio_best": min(micros[name] for name in peers) / ours,
+        "ratio_huge_pages": min(micros[name] for name in huge) / ours if huge else None,
         "gflops": 2 * m * n * k / ours / 1e3,
         "gbps": packed / ours / 1e3,
         "byte_ratio": n * k * dtype.itemsize / packed,
@@ -207,20 +220,36 @@ def _path_name(dtype: torch.dtype, m: int) -> str:
     return str(_C.path_name(str(dtype).removeprefix("torch."), m))
 
 
-def _dense_peers(x: Tensor, n: int, *, only_onednn: bool = False) -> dict[str, Callable[[int], Any]]:
+def _dense_peers(
+    x: Tensor, n: int, *, only_onednn: bool = False, huge_pages: bool = False
+) -> tuple[dict[str, Callable[[int], Any]], dict[str, str]]:
+    """The dense linears that run here, and why the others do not.
+
+    With `huge_pages` only those whose weights could be moved onto such pages.
+    """
     m, k = x.shape
     weights = _rotating(lambda: torch.randn(n, k).to(x.dtype), n * k * x.element_size(), m)
     peers: dict[str, Callable[[int], Any]] = {}
-    if not only_onednn:
-        peers["F.linear"] = lambda r: F.linear(x, weights[r % len(weights)])
+    left_out: dict[str, str] = {}
     if torch.backends.mkldnn.is_available():
-        made = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in weights]
-        peers["oneDNN"] = lambda r: torch.ops.mkldnn._linear_pointwise(
-            x, made[r % len(made)], None, "none", [], ""
-        )
-    if not only_onednn and importlib.util.find_spec("openvino") is not None:
+        try:
+            made = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in weights]
+        except RuntimeError as reason:  # bf16 when capped to AVX2
+            left_out["oneDNN"] = str(reason).splitlines()[0]
+        else:
+            nbytes = torch.ops.mkldnn._nbytes
+            places = [(torch.ops.mkldnn.data_ptr(w), nbytes(w)) for w in made]
+            if not huge_pages or all(machine.onto_huge_pages(*place) for place in places):
+                peers["oneDNN"] = lambda r: torch.ops.mkldnn._linear_pointwise(
+                    x, made[r % len(made)], None, "none", [], ""
+                )
+    if only_onednn:
+        return peers, left_out
+    if not huge_pages or all(machine.onto_huge_pages(w.data_ptr(), w.nbytes) for w in weights):
+        peers["F.linear"] = lambda r: F.linear(x, weights[r % len(weights)])
+    if not huge_pages and importlib.util.find_spec("openvino") is not None:
         peers["OpenVINO"] = _openvino(x, weights)
-    return peers
+    return peers, left_out
 
 
 def _openvino(x: Tensor, weights: list[Tensor]) -> Callable[[int], Any]:
