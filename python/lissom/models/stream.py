@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .families import FAMILIES
+from .spill import Spill
 from .taps import Seen, Tap, TapError
 from .walk import ModelMap
 
@@ -59,6 +60,7 @@ class BlockStream:
             `attention_mask` [S, T] among them is non-zero where a token is real.
         batch: sequences per forward pass; None: as many as make about 4096 tokens (faster than more: the
             activations of a block stay near the caches).
+        spill: keeps the hidden states in files instead of in memory; None: in memory.
 
     Example:
         >>> stream = BlockStream(model, describe(model), {"input_ids": ids})    # doctest: +SKIP
@@ -74,8 +76,10 @@ class BlockStream:
         inputs: Mapping[str, torch.Tensor],
         *,
         batch: int | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self.parts = parts
+        self._spill = spill
         self.index = 0
         self.hidden: torch.Tensor  # [S, T, d], inputs of block `index`
         if batch is not None and batch < 1:
@@ -137,8 +141,9 @@ class BlockStream:
                 # Behind the yield: an input may be a view of the hidden states (post-norm blocks).
                 if out is not None:
                     if following.dtype != out.dtype:  # Mamba adds in float32 whatever the embedding's type
-                        following = torch.empty_like(self.hidden, dtype=out.dtype)
+                        following = self._empty(self.hidden.shape, out)
                     following[low:high] = out
+                self._drop(low, high)
             complete = True
         finally:
             self._torn = self._torn or not complete
@@ -227,14 +232,22 @@ class BlockStream:
             tokens = self._recorded(base, given, 0, 1)[0].shape[1]
             batch = max(1, BATCH_TOKENS // tokens)
         self._bounds = [(low, min(low + batch, sequences)) for low in range(0, sequences, batch)]
-        first = []
         by_size: dict[int, list[_Call]] = {}
         for low, high in self._bounds:
             hidden, calls = self._recorded(base, given, low, high)
-            first.append(hidden)
+            if low == 0:
+                self.hidden = self._empty((sequences, *hidden.shape[1:]), hidden)
+            self.hidden[low:high] = hidden
+            self._drop(low, high)
             alike = self._mask is None and given.keys() <= _ALIKE
             self._calls.append(by_size.setdefault(high - low, calls) if alike else calls)
-        self.hidden = torch.cat(first)
+
+    def _empty(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(shape) if self._spill is None else self._spill.empty(shape, like.dtype)
+
+    def _drop(self, low: int, high: int) -> None:
+        if self._spill is not None:
+            self._spill.drop(self.hidden[low:high])
 
     def _recorded(
         self, base: nn.Module, given: dict[str, torch.Tensor], low: int, high: int

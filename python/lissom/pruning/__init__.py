@@ -2,7 +2,7 @@
 """Post-training pruning: one pure function for a weight, one driver for a model."""
 
 from .allocation import Budget, LossCurve, allocate, owl
-from .driver import prune, prune_model
+from .driver import prune, prune_folder, prune_model
 from .parallel import Ranks
 from .pattern import Pattern
 from .plan import plan_prune
@@ -34,6 +34,7 @@ __all__ = [
     "owl",
     "plan_prune",
     "prune",
+    "prune_folder",
     "prune_model",
     "prune_weight",
     "refit",

@@ -25,8 +25,9 @@ def prune_by_alps(problem: Problem) -> Solution:
 
     The dual V is zero on what is kept and rho (X + V / rho) on what is pruned, so Z = X + V / rho and its
     mask are the whole state. One eigendecomposition H = Q diag(e) Q^T serves every rho: an iteration is two
-    products of [R, C] with [C, C] (for many rows one, with the inverse formed) and one pass over the weights. ALPS raises rho by how fast the mask
-    settles; a geometric schedule of fixed length finds masks as good and costs the same for every layer.
+    products of [R, C] with [C, C] (for many rows one, with the inverse formed) and one pass over the weights.
+    ALPS raises rho by how fast the mask settles; a geometric schedule of fixed length finds masks as good and
+    costs the same for every layer.
 
     Args:
         problem: the layers, their Hessian and the pattern.

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..evaluation.data import Source, read_calibration
+from ..evaluation.data import Calibration, Source, read_calibration
+from ..models.resident import Output, Resident
+from ..models.spill import Spill
 from ..models.stream import evaluating
 from ..models.walk import UnsupportedModelError, describe
 from .parallel import Ranks
@@ -48,7 +51,7 @@ def prune(model: nn.Module, **arguments: Any) -> nn.Module:
 
 
 def prune_model(
-    model: nn.Module,
+    model: nn.Module | Resident,
     *,
     pattern: str | float | Pattern | Mapping[str, str | float | Pattern | None] = "2:4",
     method: str = "alps",
@@ -68,12 +71,15 @@ def prune_model(
     state_dir: str | PathLike[str] | None = None,
     resume: bool = False,
     ranks: Ranks | None = None,
+    spill_dir: str | PathLike[str] | None = None,
+    output: Output | None = None,
     on_progress: Callable[[BlockProgress], None] | None = None,
 ) -> PruneReport:
     """Prune the linear layers of a model in place, block by block; embeddings, norms and output layer stay.
 
     Args:
-        model: a transformers model with dense floating-point weights, on one device.
+        model: a transformers model with dense floating-point weights, on one device; or one that is loaded
+            block by block.
         pattern: as for `prune_weight`, or a mapping of names or `re:<regex>` to patterns or "dense"; the
             first entry that matches decides.
         method, options: as for `prune_weight`.
@@ -90,6 +96,8 @@ def prune_model(
         state_dir: folder that keeps finished blocks.
         resume: go on from `state_dir` to the same bits that an uninterrupted run gives.
         ranks: processes that share tokens and solves (`Ranks.join()` under torchrun); None: this one alone.
+        spill_dir: folder for hidden states that need not stay in memory; None: in memory.
+        output: folder in the making that takes every block when it is done (see `prune_folder`).
         on_progress: called after each block.
 
     Returns:
@@ -100,16 +108,17 @@ def prune_model(
         ValueError: arguments, data or weights that cannot be used; the sentence says which.
     """
     began = time.perf_counter()
-    parts = describe(model)
-    wanted = read_pattern(pattern)
+    resident = model if isinstance(model, Resident) else Resident(model)
+    parts, wanted = describe(resident.model), read_pattern(pattern)
     selection = select_linears(parts, wanted, include=include, exclude=exclude, strict=strict)
-    options = options or Options()
-    _check(model, selection, method, damp, blend, has_data=data is not None)
+    ranks, options = ranks or Ranks(), options or Options()
+    _check(resident, selection, method, damp, blend, has_data=data is not None)
     calibration = None
     if data is not None:
         calibration = read_calibration(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+        _check_shards(calibration, ranks)
     run = Run(
-        model=model,
+        resident=resident,
         parts=parts,
         pattern=str(wanted),
         selection=selection,
@@ -120,14 +129,53 @@ def prune_model(
         options=options,
         calibration=calibration,
         batch=batch,
-        ranks=ranks or Ranks(),
+        ranks=ranks,
+        spill=None if spill_dir is None else Spill(spill_dir),
+        output=output,
     )
     state = _open_state(run, state_dir, resume)
-    with evaluating(model), torch.no_grad():
+    with evaluating(resident.model), torch.no_grad():
         layers, blocks = sweep(run, state, on_progress)
     report = _conclude(run, layers, blocks, time.perf_counter() - began)
-    model.config.lissom = _provenance(report)
+    resident.model.config.lissom = _provenance(report)
     return report
+
+
+def prune_folder(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+    **arguments: Any,
+) -> PruneReport:
+    """Prune a model folder into another one with one block of the model in memory at a time.
+
+    Args:
+        source: folder with config.json and dense safetensors weights.
+        target: folder to write, with ordinary zeros-included weights; complete or not there at all.
+        dtype: type of the weights in memory; None: as the config says, else as stored.
+        overwrite: allow replacing a model in `target`.
+        ranks: as for `prune_model`; the first process writes.
+        **arguments: as for `prune_model`. With `spill_dir`, the hidden states of the calibration tokens lie on
+            disk as well.
+
+    Returns:
+        As `prune_model`.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete.
+        FileExistsError: `target` holds a model and `overwrite` is False.
+        UnsupportedModelError, ValueError: as for `prune_model`.
+
+    Example:
+        >>> prune_folder("llama-70b", "out", data="text.txt", tokenizer=tok)  # doctest: +SKIP
+    """
+    resident = Resident.open(source, dtype=dtype)
+    writes = ranks is None or ranks.rank == 0
+    with resident.saving(target, overwrite=overwrite) if writes else nullcontext() as output:
+        return prune_model(resident, output=output, ranks=ranks, **arguments)
 
 
 def _blend(blend: float | None, method: str, options: Options, *, has_data: bool) -> float:
@@ -138,7 +186,7 @@ def _blend(blend: float | None, method: str, options: Options, *, has_data: bool
 
 
 def _check(
-    model: nn.Module,
+    resident: Resident,
     selection: Selection,
     method: str,
     damp: float | None,
@@ -153,15 +201,22 @@ def _check(
         raise ValueError(f"blend must lie in [0, 1], got {blend!r}; {USUAL_BLEND} is usual")
     if not has_data and method != "magnitude":
         raise ValueError(f"method {method!r} needs calibration data; got data=None")
-    if getattr(model.config, "quantization_config", None) is not None:
+    if getattr(resident.model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "the model is quantised or packed (config.quantization_config): prune the dense one"
         )
     for linear in selection.linears():
-        if linear.weight().is_meta:
+        if linear.weight().is_meta and resident.folder is None:
             raise UnsupportedModelError(
-                f"{linear.name} is on the meta device and holds no values; load the model first"
+                f"{linear.name} is on the meta device and holds no values; load the model first, or prune its "
+                "folder (prune_folder)"
             )
+
+
+def _check_shards(calibration: Calibration, ranks: Ranks) -> None:
+    samples = len(next(iter(calibration.inputs.values())))
+    if samples < ranks.size:
+        raise ValueError(f"{samples} calibration samples cannot be shared out to {ranks.size} processes")
 
 
 def _open_state(run: Run, state_dir: str | PathLike[str] | None, resume: bool) -> PruneState | None:

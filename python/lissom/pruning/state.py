@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .report import LayerReport
 
@@ -113,28 +112,24 @@ class PruneState:
 
 
 def fingerprint(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
+    weights: str, inputs: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped.
 
     Args:
-        model: the unpruned model; all its parameters and buffers enter.
+        weights: digest of the unpruned model's weights.
         inputs: what the model is calibrated with, by name.
         arguments: everything else that decides the result, as plain values.
 
     Returns:
         Digests and arguments, ready for JSON.
     """
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(_bytes(tensor))
     data = hashlib.sha256()
     for name, tensor in inputs.items():
         data.update(f"{name} {tuple(tensor.shape)}".encode())
         data.update(_bytes(tensor))
     return {
-        "model": weights.hexdigest(),
+        "model": weights,
         "data": data.hexdigest(),
         "arguments": dict(arguments),
         "threads": torch.get_num_threads(),

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ..evaluation.data import Calibration
+from ..models.resident import Output, Resident
+from ..models.spill import Spill
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef, ModelMap
 from .damping import FEW_TOKENS_DAMP, USUAL_DAMP, choose_damp
@@ -34,7 +36,7 @@ class Run:
     """Everything that decides the result of a run.
 
     Attributes:
-        model: the model, in eval mode.
+        resident: the model, in eval mode, and which of its weights are in memory.
         parts: its map.
         pattern: what was asked for, as text.
         selection: the layers to prune and the pattern of each.
@@ -46,9 +48,11 @@ class Run:
         calibration: tokens; None for magnitude without data.
         batch: sequences per forward pass.
         ranks: the processes that share the run.
+        spill: where hidden states lie; None: in memory.
+        output: takes each block when it is done; None: the model keeps them.
     """
 
-    model: nn.Module
+    resident: Resident
     parts: ModelMap
     pattern: str
     selection: Selection
@@ -60,6 +64,13 @@ class Run:
     calibration: Calibration | None
     batch: int | None
     ranks: Ranks
+    spill: Spill | None = None
+    output: Output | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.resident.model
 
     def fingerprint(self) -> dict[str, Any]:
         """What a later run must repeat to go on with this one's state."""
@@ -75,17 +86,24 @@ class Run:
             "layers": [linear.name for linear in self.selection.linears()],
         }
         inputs = self.calibration.inputs if self.calibration else {}
-        return fingerprint(self.model, inputs, arguments)
+        return fingerprint(self.resident.digest(), inputs, arguments)
+
+    def place(self, number: int) -> list[str | nn.Module]:
+        """The modules that a step works with: a block, or the output layer and the norm in front of it."""
+        blocks = self.parts.blocks
+        if number < len(blocks):
+            return [blocks[number].module]
+        return [*self.parts.tail, self.selection.steps[number].name]
 
     def stream(self) -> BlockStream:
         """This process's share of the calibration in front of the first block."""
         assert self.calibration is not None
-        device = next(self.model.parameters()).device
+        device = self.resident.device
         inputs = self.calibration.inputs
         part = self.ranks.shard(len(next(iter(inputs.values()))))
         shard = {name: values[part].to(device) for name, values in inputs.items()}
         batch = self.reconstruct.sequences if self.reconstruct and self.batch is None else self.batch
-        return BlockStream(self.model, self.parts, shard, batch=batch)
+        return BlockStream(self.model, self.parts, shard, batch=batch, spill=self.spill)
 
 
 class _Streams:
@@ -93,9 +111,10 @@ class _Streams:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.pruned = run.stream()
-        # Until the first pruned weight both are one; the dense one is needed for targets only.
-        self.dense = run.stream() if run.blend > 0 or run.reconstruct else None
+        with run.resident.block(*run.resident.rest([block.module for block in run.parts.blocks])):
+            self.pruned = run.stream()
+            # Until the first pruned weight both are one; the dense one is needed for targets only.
+            self.dense = run.stream() if run.blend > 0 or run.reconstruct else None
         self._differ = False
         self.tokens = int(run.ranks.sum_(torch.tensor(self.pruned.tokens)))
 
@@ -157,7 +176,7 @@ class _Statistics:
 
     def __init__(self, run: Run, linears: Sequence[LinearRef], tokens: int) -> None:
         first = linears[0]
-        columns, device = first.shape[1], first.weight().device
+        columns, device = first.shape[1], run.resident.device
         self.gram = Gram(columns, first.group, device=device)
         self.pool = first.pool
         self.routed = first.routed
@@ -212,6 +231,8 @@ def sweep(
     blocks: list[BlockReport] = []
     for number, step in enumerate(steps):
         clock = _Clock()
+        place = run.place(number)
+        run.resident.load(*place)
         ahead = streams is not None and number < to_solve[-1]
         statistics: dict[str, _Statistics] = {}
         if streams is not None and number in to_solve:
@@ -234,6 +255,9 @@ def sweep(
             state.save(number, {linear.name: linear.weight() for linear in step.linears}, reports)
         if streams is not None and ahead:
             streams.pruned.advance()
+        if run.output is not None:
+            run.output.write(*place)
+        run.resident.release(*place)
         clock.lap("advance")
         layers += reports
         blocks.append(BlockReport(step.name, **clock.seconds, losses=losses))
