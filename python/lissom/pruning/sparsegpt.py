@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.solver import solver_sparsegpt_block_
 from .gram import inverse_factor
-from .pattern import mark_group, mark_tile
+from .pattern import mark_groups, mark_tile
 from .problem import Problem, Solution
 
 
@@ -37,7 +38,7 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
     hessian = problem.hessian
     # Columns are the rows of `weight` here [C, R]: the pass reads and writes contiguous memory.
     weight = problem.weight.t().clone(memory_format=torch.contiguous_format)
-    dead = None if problem.dead is None else problem.dead[:, None]
+    dead = None if problem.dead is None or not problem.dead.any() else problem.dead[:, None]
     frozen = None if problem.frozen is None else problem.frozen.t()
     order = None
     if options.act_order:
@@ -73,31 +74,24 @@ class _Sweep(NamedTuple):
 def _prune_block(state: _Sweep, block: slice, problem: Problem) -> torch.Tensor:
     """Prune one block of columns in place; returns their errors [B, R], which the columns behind absorb."""
     pattern = problem.pattern
-    tile, pruned = state.weight[block], state.pruned[block]
-    factor = state.factor[block, block]
-    scale = factor.diagonal()[:, None]
-    dead = None if state.dead is None else state.dead[block]
+    tile, pruned, factor = state.weight[block], state.pruned[block], state.factor[block, block]
     frozen = None if state.frozen is None else state.frozen[block]
-
-    def scores(part: slice) -> torch.Tensor:
-        # Dead inputs go first: their weights are zero already and must count towards the pattern.
-        lost = (tile[part] / scale[part]).square_()
-        return lost if dead is None else lost.masked_fill_(dead[part], -1)
-
-    if pattern.group is None:
+    kept, group = pattern.kept, pattern.group
+    if group is None:
+        scores = (tile / factor.diagonal()[:, None]).square_()
+        if state.dead is not None:
+            scores.masked_fill_(state.dead[block], -1)
         scope = problem.options.scope or "block"
         fixed = None if frozen is None else frozen.t()
-        marks = mark_tile(
-            scores(slice(None)).t(), block.start, pattern, problem.rows, scope=scope, frozen=fixed
-        )
+        marks = mark_tile(scores.t(), block.start, pattern, problem.rows, scope=scope, frozen=fixed)
         pruned.copy_(marks.t())
-    errors = torch.empty_like(tile)
-    for column in range(len(tile)):
-        if pattern.group is not None and column % pattern.group == 0:
-            part = slice(column, column + pattern.group)
-            fixed = None if frozen is None else frozen[part]
-            pruned[part] = mark_group(scores(part), pattern.pruned_per_group, frozen=fixed)
-        error = errors[column]
-        torch.mul(tile[column], pruned[column], out=error).div_(factor[column, column])
-        tile[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
-    return errors
+        kept, group = 1, 1
+    else:
+        if state.dead is not None:
+            # Dead inputs go first: their weights are zero already and must count towards the pattern.
+            dead = state.dead[block, 0]
+            pruned |= (mark_groups((~dead[None]).float(), pattern) & dead).t()
+        if frozen is not None:
+            pruned |= frozen
+    assert kept is not None
+    return solver_sparsegpt_block_(tile, pruned, factor, kept, group)
