@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lissom.evaluation import perplexity
-from lissom.pruning import prune_model
+from lissom.pruning import Options, prune_model
 
 CACHE = Path(__file__).parents[2] / ".cache" / "lissom"
 NEEDED = [CACHE / "smollm2-135m-instruct", CACHE / "prose.train.txt", CACHE / "prose.valid.txt"]
@@ -40,11 +40,23 @@ def test_dense_perplexity(real):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, low, high", [("sparsegpt", 48, 53), ("wanda", 95, 125)])
-def test_perplexity_at_2_4(real, method, low, high):
-    """Block by block on 64 windows of 1024 tokens; another implementation found 51.8 and 111."""
+@pytest.mark.parametrize(
+    "method, refit, blend, low, high",
+    [
+        ("wanda", False, 0.0, 95, 125),
+        ("sparsegpt", False, 0.0, 48, 53),
+        ("sparsegpt", True, 0.0, 39, 44),
+        ("alps", True, 0.0, 34, 38),
+        ("alps", True, None, 30, 35),
+    ],
+)
+def test_perplexity_at_2_4(real, method, refit, blend, low, high):
+    """Block by block on 64 windows of 1024 tokens; another implementation found 111, 51.8, 41.8 and 35.9."""
     model, tokenizer = real
-    report = prune_model(model, pattern="2:4", method=method, data=NEEDED[1], tokenizer=tokenizer)
+    options = Options(refit=refit)
+    report = prune_model(
+        model, pattern="2:4", method=method, data=NEEDED[1], tokenizer=tokenizer, blend=blend, options=options
+    )
     assert len(report.layers) == 210
     for layer in report.layers:
         weight = model.get_submodule(layer.name).weight
