@@ -54,7 +54,7 @@ struct SparseGpt {
   const T* factor;  // U [columns, columns], upper triangular
   T* errors;        // [columns, rows]
 };
-constexpr int64_t kStripRows = 32;  // at most, of all tiers and types
+constexpr int64_t kStripRows = 64;  // at most, of all tiers and types
 inline constexpr int64_t sparsegpt_scratch(int64_t columns, int64_t group) {
   return (3 * columns + group) * kStripRows;
 }
