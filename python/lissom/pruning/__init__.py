@@ -11,6 +11,7 @@ from .reconstruct import Reconstruction
 from .refit import refit, refit_exactly, stationarity
 from .report import BlockProgress, BlockReport, LayerReport, PrunePlan, PruneReport
 from .selection import PatternMap
+from .settings import Settings
 from .solver import prune_weight
 from .training import KeepMasksCallback, SparsityKeeper, keep_masks
 
@@ -28,6 +29,7 @@ __all__ = [
     "PruneReport",
     "Ranks",
     "Reconstruction",
+    "Settings",
     "SparsityKeeper",
     "allocate",
     "keep_masks",

@@ -56,14 +56,18 @@ def prune_by_alps(problem: Problem) -> Solution:
             dense = torch.mm(spare.div_(values + rho), vectors.t(), out=right)
         right = dense
         if step < _ITERATIONS - 1:
-            _project_(problem, dense, dual, pull, rho, rho * rise)
+            _project_(problem, dense, dual, pull, (rho, rho * rise))
             rho *= rise
-    _project_(problem, dense, dual, None, 1.0, 1.0)  # leaves the sparse copy itself
+    _project_(problem, dense, dual, None, (1.0, 1.0))  # leaves the sparse copy itself
     return Solution(dense / scale, solver_admm_mask(dual))
 
 
 def _project_(
-    problem: Problem, dense: torch.Tensor, dual: torch.Tensor, pull: torch.Tensor | None, *penalties: float
+    problem: Problem,
+    dense: torch.Tensor,
+    dual: torch.Tensor,
+    pull: torch.Tensor | None,
+    rho: tuple[float, float],
 ) -> None:
     """The rest of an iteration, in place: from X to the next right-hand side, W H - V + rho D."""
     pattern, columns = problem.pattern, dense.shape[1]
@@ -73,4 +77,4 @@ def _project_(
     elif group is None or pattern.raised or pattern.transposable:
         kept, group, forced = 1, 1, problem.mark((dense + dual).abs(), scope="row")
     assert kept is not None
-    solver_admm_step_(dense, dual, pull, dense, *penalties, kept=kept, group=group, forced=forced)
+    solver_admm_step_(dense, dual, pull, dense, rho[0], rho[1], kept, group, forced)

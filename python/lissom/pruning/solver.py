@@ -122,10 +122,7 @@ def prune_group(
     Args:
         weights: matrices [R_i, C] of one dtype.
         moments: of their inputs; None only for "magnitude".
-        pattern: what to prune.
-        method: key of METHODS.
-        damp: as for `prune_weight`.
-        options: as for `prune_weight`.
+        pattern, method, damp, options: as for `prune_weight`.
         preserve: as for `prune_weight`, of the stacked weights [R, C].
         name: of the group, for messages.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..evaluation.data import Calibration
-from ..models.resident import Output, Resident
+from ..models.resident import Resident
 from ..models.spill import Spill
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef, ModelMap
@@ -21,68 +21,46 @@ from .damping import FEW_TOKENS_DAMP, USUAL_DAMP, choose_damp
 from .gram import CrossGram, Gram
 from .parallel import Ranks
 from .pattern import Pattern
-from .problem import Options
 from .reconstruct import Reconstruction, reconstruct_block
 from .report import BlockProgress, BlockReport, LayerReport
 from .selection import Selection, Step
-from .solver import COMPENSATING, Moments, Pruned, prune_group
+from .settings import Settings
+from .solver import Moments, Pruned, prune_group
 from .state import PruneState, fingerprint
-
-Progress = Callable[[BlockProgress], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides the result of a run.
+    """A run under way.
 
     Attributes:
-        resident: the model, in eval mode, and which of its weights are in memory.
+        settings: what was asked for.
+        resident: the model, and which of its weights are in memory.
         parts: its map.
         pattern: what was asked for, as text.
         selection: the layers to prune and the pattern of each.
-        method: key of `solver.METHODS`.
-        damp: share of the mean diagonal; None chooses.
-        blend: weight of the dense model's outputs in every layer's target.
-        reconstruct: how to train each block's kept weights after it is solved; None: not at all.
-        options: of the method.
         calibration: tokens; None for magnitude without data.
-        batch: sequences per forward pass.
-        ranks: the processes that share the run.
-        spill: where hidden states lie; None: in memory.
-        output: takes each block when it is done; None: the model keeps them.
     """
 
+    settings: Settings
     resident: Resident
     parts: ModelMap
     pattern: str
     selection: Selection
-    method: str
-    damp: float | None
-    blend: float
-    reconstruct: Reconstruction | None
-    options: Options
     calibration: Calibration | None
-    batch: int | None
-    ranks: Ranks
-    spill: Spill | None = None
-    output: Output | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self.resident.model
 
     def fingerprint(self) -> dict[str, Any]:
         """What a later run must repeat to go on with this one's state."""
+        settings = self.settings
         arguments = {
             "pattern": self.pattern,
-            "method": self.method,
-            "damp": self.damp,
-            "blend": self.blend,
-            **asdict(self.options),
-            "reconstruct": asdict(self.reconstruct) if self.reconstruct else None,
-            "batch": self.batch,
-            "processes": self.ranks.size,
+            "method": settings.method,
+            "damp": settings.damp,
+            "blend": settings.target_blend,
+            **asdict(settings.options),
+            "reconstruct": asdict(settings.reconstruct) if settings.reconstruct else None,
+            "batch": settings.batch,
+            "processes": settings.ranks.size,
             "layers": [linear.name for linear in self.selection.linears()],
         }
         inputs = self.calibration.inputs if self.calibration else {}
@@ -98,12 +76,15 @@ class Run:
     def stream(self) -> BlockStream:
         """This process's share of the calibration in front of the first block."""
         assert self.calibration is not None
-        device = self.resident.device
+        settings, device = self.settings, self.resident.device
         inputs = self.calibration.inputs
-        part = self.ranks.shard(len(next(iter(inputs.values()))))
+        part = settings.ranks.shard(len(next(iter(inputs.values()))))
         shard = {name: values[part].to(device) for name, values in inputs.items()}
-        batch = self.reconstruct.sequences if self.reconstruct and self.batch is None else self.batch
-        return BlockStream(self.model, self.parts, shard, batch=batch, spill=self.spill)
+        batch = settings.batch
+        if settings.reconstruct and batch is None:
+            batch = settings.reconstruct.sequences
+        spill = None if settings.spill_dir is None else Spill(settings.spill_dir)
+        return BlockStream(self.resident.model, self.parts, shard, batch=batch, spill=spill)
 
 
 class _Streams:
@@ -114,9 +95,9 @@ class _Streams:
         with run.resident.block(*run.resident.rest([block.module for block in run.parts.blocks])):
             self.pruned = run.stream()
             # Until the first pruned weight both are one; the dense one is needed for targets only.
-            self.dense = run.stream() if run.blend > 0 or run.reconstruct else None
+            self.dense = run.stream() if run.settings.target_blend > 0 or run.settings.reconstruct else None
         self._differ = False
-        self.tokens = int(run.ranks.sum_(torch.tensor(self.pruned.tokens)))
+        self.tokens = int(run.settings.ranks.sum_(torch.tensor(self.pruned.tokens)))
 
     def collect(self, step: Step) -> dict[str, _Statistics]:
         """Statistics of the inputs of a step's layers, by group; the dense stream moves on behind the step."""
@@ -141,7 +122,7 @@ class _Streams:
                 for group, tokens in shown.items():
                     found[group].add(tokens)
         for statistics in found.values():
-            statistics.finish(self.run.ranks)
+            statistics.finish(self.run.settings.ranks)
         self._differ = True
         return found
 
@@ -159,7 +140,7 @@ class _Streams:
         return reconstruct_block(block, step.linears, self.pruned, self.dense.hidden, settings)
 
     def _collect_head(self, statistics: _Statistics) -> None:
-        tail = [self.run.model.get_submodule(name) for name in self.run.parts.tail]
+        tail = [self.run.resident.model.get_submodule(name) for name in self.run.parts.tail]
         for hidden, mask in self.pruned.batches():
             for module in tail:
                 hidden = module(hidden)
@@ -180,9 +161,11 @@ class _Statistics:
         self.gram = Gram(columns, first.group, device=device)
         self.pool = first.pool
         self.routed = first.routed
-        self.cross = CrossGram(columns, device=device) if run.blend > 0 and not first.routed else None
+        self.cross = (
+            CrossGram(columns, device=device) if run.settings.target_blend > 0 and not first.routed else None
+        )
         self.half: Gram | None = None
-        if run.damp is None and not first.routed and tokens < 2 * columns:
+        if run.settings.damp is None and not first.routed and tokens < 2 * columns:
             self.half = Gram(columns, first.group, device=device)
         self._crossed = False
 
@@ -207,23 +190,20 @@ class _Statistics:
     def moments(self, run: Run, dtype: torch.dtype) -> Moments:
         """What the solver wants."""
         cross = self.cross.matrix(dtype) if self.cross is not None and self._crossed else None
-        return Moments(self.gram.matrix(dtype), cross, run.blend)
+        return Moments(self.gram.matrix(dtype), cross, run.settings.target_blend)
 
 
-def sweep(
-    run: Run, state: PruneState | None, on_progress: Progress | None
-) -> tuple[list[LayerReport], list[BlockReport]]:
+def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[BlockReport]]:
     """Prune the selected layers of a model in place, block after block.
 
     Args:
         run: what to do.
         state: finished blocks; None keeps none.
-        on_progress: called after each block.
 
     Returns:
         Reports of layers and blocks, in running order.
     """
-    steps = run.selection.steps
+    settings, steps = run.settings, run.selection.steps
     resumed = [state is not None and state.has(number) for number in range(len(steps))]
     to_solve = [number for number, step in enumerate(steps) if step.linears and not resumed[number]]
     streams = _Streams(run) if to_solve and run.calibration is not None else None
@@ -248,21 +228,21 @@ def sweep(
             linear.weight().copy_(weights[linear.name])
         clock.lap("solve")
         losses = None
-        if run.reconstruct and streams is not None and number in to_solve:
-            losses = streams.reconstruct(step, run.reconstruct)
+        if run.settings.reconstruct and streams is not None and number in to_solve:
+            losses = streams.reconstruct(step, run.settings.reconstruct)
         clock.lap("reconstruct")
-        if state is not None and number in to_solve and run.ranks.rank == 0:
+        if state is not None and number in to_solve and run.settings.ranks.rank == 0:
             state.save(number, {linear.name: linear.weight() for linear in step.linears}, reports)
         if streams is not None and ahead:
             streams.pruned.advance()
-        if run.output is not None:
-            run.output.write(*place)
+        if run.settings.output is not None:
+            run.settings.output.write(*place)
         run.resident.release(*place)
         clock.lap("advance")
         layers += reports
         blocks.append(BlockReport(step.name, **clock.seconds, losses=losses))
-        if on_progress is not None:
-            on_progress(_progress(len(steps), blocks, resumed, reports))
+        if settings.on_progress is not None:
+            settings.on_progress(_progress(len(steps), blocks, resumed, reports))
     return layers, blocks
 
 
@@ -275,17 +255,17 @@ def _solve_step(
     costs = [float(sum(ref.shape[0] for ref in refs) * refs[0].shape[1] ** 2) for refs in groups.values()]
     weights: dict[str, torch.Tensor | None] = {linear.name: None for linear in step.linears}
     reports: list[LayerReport] = []
-    with run.ranks.section(f"solving {step.name}"):
-        for (group, linears), owner in zip(groups.items(), run.ranks.owners(costs), strict=True):
+    with run.settings.ranks.section(f"solving {step.name}"):
+        for (group, linears), owner in zip(groups.items(), run.settings.ranks.owners(costs), strict=True):
             known = statistics.pop(group, None)
-            if owner != run.ranks.rank:
+            if owner != run.settings.ranks.rank:
                 continue
             for alike in _by_pattern(step, linears):
                 for linear, result, report in _solve_group(run, step.pattern_of(alike[0].name), alike, known):
                     weights[linear.name] = result.weight
                     reports.append(report)
-    found = run.ranks.exchange(weights)
-    told = {report.name: report for part in run.ranks.gather_objects(reports) for report in part}
+    found = run.settings.ranks.exchange(weights)
+    told = {report.name: report for part in run.settings.ranks.gather_objects(reports) for report in part}
     return found, [told[linear.name] for linear in step.linears]
 
 
@@ -328,7 +308,7 @@ def _solve_group(
     began = time.perf_counter()
     originals = [linear.weight() for linear in linears]
     dtype = torch.float64 if originals[0].dtype == torch.float64 else torch.float32
-    moments, damp, dead, method = None, USUAL_DAMP, 0, run.method
+    moments, damp, dead, method = None, USUAL_DAMP, 0, run.settings.method
     if statistics is not None and statistics.gram.tokens == 0:
         warnings.warn(f"{linears[0].group} saw no calibration token; pruned by magnitude", stacklevel=2)
         method = "magnitude"
@@ -342,7 +322,7 @@ def _solve_group(
         pattern=pattern,
         method=method,
         damp=damp,
-        options=run.options,
+        options=run.settings.options,
         name=linears[0].group,
     )
     seconds = time.perf_counter() - began
@@ -367,13 +347,13 @@ def _solve_group(
 def _damping(run: Run, pattern: Pattern, weights: Sequence[torch.Tensor], statistics: _Statistics) -> float:
     """The damping asked for, or the one that suits the number of tokens."""
     gram = statistics.gram
-    compensates = run.method in COMPENSATING or bool(run.options.refit)
-    if not compensates or gram.tokens >= 2 * len(gram):
-        return USUAL_DAMP if run.damp is None else run.damp
+    asked = run.settings.damp
+    if not run.settings.compensates or gram.tokens >= 2 * len(gram):
+        return USUAL_DAMP if asked is None else asked
     few = f"{gram.name}: {gram.tokens} calibration tokens for {len(gram)} inputs (fewer than 2 per input)"
-    if run.damp is not None:
+    if asked is not None:
         warnings.warn(f"{few}; more tokens, or damp=None, would generalise better", stacklevel=2)
-        return run.damp
+        return asked
     damp = FEW_TOKENS_DAMP
     if statistics.half is not None and statistics.half.tokens:
         damp = choose_damp(weights, gram, statistics.half, pattern)
