@@ -36,7 +36,7 @@ def launch(tmp_path):
     """Run a program in some processes, as torchrun would; gives exit status and stderr of each, and the time."""
     started = []
 
-    def run(size, program, seconds=60):
+    def run(size, program, seconds=120):
         script = tmp_path / "program.py"
         script.write_text(PREAMBLE + textwrap.dedent(program))
         with socket.socket() as door:
@@ -208,6 +208,9 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_asked(launch):
     ends, _ = launch(
         2,
         """
+        open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
+        while not all(os.path.exists(f"{folder}/ready-{rank}") for rank in range(2)):
+            time.sleep(0.02)  # a loaded machine may start them more than a second apart
         with Ranks.join(timeout=1) as ranks:
             if ranks.rank == 1:
                 time.sleep(5)

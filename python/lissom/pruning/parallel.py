@@ -77,6 +77,7 @@ class Ranks:
                     f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {absent[0]} is not set: start the processes "
                     "with torchrun, or unset WORLD_SIZE"
                 )
+            ranks.rank = int(os.environ["RANK"])
             with ranks._talk("joining"):
                 dist.init_process_group("gloo", timeout=waiting)
             ranks._group, ranks._ours = dist.group.WORLD, True
