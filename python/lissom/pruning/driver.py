@@ -73,9 +73,7 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
     )
     _check(resident, selection)
     run = Run(settings, resident, parts, str(pattern), selection, _calibration(settings))
-    state = None
-    if settings.state_dir is not None:
-        state = PruneState(settings.state_dir, run.fingerprint(), resume=settings.resume)
+    state = _open_state(run)
     with evaluating(resident.model), torch.no_grad():
         layers, blocks = sweep(run, state)
     report = _conclude(run, layers, blocks, time.perf_counter() - began)
@@ -134,6 +132,21 @@ def _calibration(settings: Settings) -> Calibration | None:
             f"{samples} calibration samples cannot be shared out to {settings.ranks.size} processes"
         )
     return calibration
+
+
+def _open_state(run: Run) -> PruneState | None:
+    """The folder of finished blocks, made by the first process; all of them must be about the same run."""
+    settings, ranks = run.settings, run.settings.ranks
+    if settings.state_dir is None and ranks.size == 1:
+        return None
+    fingerprint = run.fingerprint()
+    ranks.same("the run (model, data and arguments)", fingerprint)
+    if settings.state_dir is None:
+        return None
+    if ranks.rank == 0:
+        state = PruneState(settings.state_dir, fingerprint, resume=settings.resume)
+    ranks.barrier()
+    return state if ranks.rank == 0 else PruneState(settings.state_dir, fingerprint, resume=True)
 
 
 def _check(resident: Resident, selection: Selection) -> None:

@@ -51,10 +51,19 @@ class Gram:
     def __init__(self, features: int, name: str, *, device: torch.device | str = "cpu") -> None:
         self.name = name
         self.tokens = 0
-        self._upper = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._features = features
+        # What lies on and above the diagonal, in panels of rows: half the memory of the matrix.
+        self._panels = [
+            torch.zeros(min(_PANEL, features - low), features - low, dtype=torch.float64, device=device)
+            for low in range(0, features, _PANEL)
+        ]
 
     def __len__(self) -> int:
-        return len(self._upper)
+        return self._features
+
+    def diagonal(self) -> torch.Tensor:
+        """Squared norms of the inputs, float64 [C]."""
+        return torch.cat([panel.diagonal() for panel in self._panels])
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add a batch of layer inputs.
@@ -65,16 +74,15 @@ class Gram:
         Raises:
             ValueError: an input is infinite or NaN, or has another width than the matrix.
         """
-        columns = len(self._upper)
+        columns = len(self)
         if inputs.shape[1:] != (columns,):
             raise ValueError(f"{self.name}: inputs must be [tokens, {columns}], got {list(inputs.shape)}")
         with _product(inputs) as values:
-            for low in range(0, columns, _PANEL):
-                high = min(low + _PANEL, columns)
-                self._upper[low:high, low:] += values[:, low:high].t() @ values[:, low:]
+            for low, panel in zip(range(0, columns, _PANEL), self._panels):
+                panel += values[:, low : low + _PANEL].t() @ values[:, low:]
         self.tokens += len(inputs)
         # |G_ij| <= sqrt(G_ii G_jj): the diagonal alone shows a non-finite input.
-        if not torch.isfinite(self._upper.diagonal()).all():
+        if not torch.isfinite(self.diagonal()).all():
             raise ValueError(
                 f"{self.name}: calibration inputs are infinite or NaN (overflow in an earlier layer?); "
                 "load the model in bfloat16 or float32"
@@ -82,12 +90,14 @@ class Gram:
 
     def merge(self, other: Gram, share: float = 1.0) -> None:
         """Add another sum, or a share of it: as many of its tokens, of average size."""
-        self._upper.add_(other._upper, alpha=share)
+        for panel, added in zip(self._panels, other._panels):
+            panel.add_(added, alpha=share)
         self.tokens += round(other.tokens * share)
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add up what all processes of a run have seen."""
-        ranks.sum_(self._upper, upper=True)
+        for panel in self._panels:
+            ranks.sum_(panel)
         tokens = torch.tensor([self.tokens])
         self.tokens = int(ranks.sum_(tokens))
 
@@ -105,8 +115,15 @@ class Gram:
         """
         if self.tokens == 0:
             raise ValueError(f"{self.name}: no calibration token reached this layer (is everything padding?)")
-        upper = self._upper.triu()
-        return (upper + upper.triu(1).t()).to(dtype)
+        first = self._panels[0]
+        full = torch.empty(len(self), len(self), dtype=dtype, device=first.device)
+        for low, panel in zip(range(0, len(self), _PANEL), self._panels):
+            high = low + len(panel)
+            corner = panel[:, : len(panel)].triu()
+            full[low:high, low:high] = corner + corner.triu(1).t()
+            full[low:high, high:] = panel[:, len(panel) :]
+            full[high:, low:high] = panel[:, len(panel) :].t()
+        return full
 
 
 class CrossGram:
@@ -183,14 +200,12 @@ def damped(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
     Raises:
         ValueError: the matrix is not positive definite even with damp 1.
     """
-    gram = gram.clone()
-    mean = gram.diagonal().mean()
-    gram.diagonal()[gram.diagonal() == 0] = 1
+    hessian, diagonal = gram.clone(), gram.diagonal()
+    mean = diagonal.mean()
     while True:
-        attempt = gram.clone()
-        attempt.diagonal().add_(damp * mean)
-        if torch.linalg.cholesky_ex(attempt).info.item() == 0:
-            return attempt
+        hessian.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal) + damp * mean)
+        if torch.linalg.cholesky_ex(hessian).info.item() == 0:
+            return hessian
         if damp >= 1.0:
             raise ValueError(
                 f"{name}: the Gram matrix is not positive definite even with damp 1; check the inputs"

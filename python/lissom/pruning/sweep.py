@@ -73,6 +73,11 @@ class Run:
             return [blocks[number].module]
         return [*self.parts.tail, self.selection.steps[number].name]
 
+    def apart(self) -> list[nn.Module]:
+        """The modules that a forward pass up to the first block does not need."""
+        head = [] if self.parts.head is None else [self.parts.head.module]
+        return [*(block.module for block in self.parts.blocks), *head]
+
     def stream(self) -> BlockStream:
         """This process's share of the calibration in front of the first block."""
         assert self.calibration is not None
@@ -92,7 +97,7 @@ class _Streams:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        with run.resident.block(*run.resident.rest([block.module for block in run.parts.blocks])):
+        with run.resident.block(*run.resident.rest(run.apart())):
             self.pruned = run.stream()
             # Until the first pruned weight both are one; the dense one is needed for targets only.
             self.dense = run.stream() if run.settings.target_blend > 0 or run.settings.reconstruct else None
@@ -165,7 +170,8 @@ class _Statistics:
             CrossGram(columns, device=device) if run.settings.target_blend > 0 and not first.routed else None
         )
         self.half: Gram | None = None
-        if run.settings.damp is None and not first.routed and tokens < 2 * columns:
+        few = tokens < 2 * columns and not first.routed
+        if few and run.settings.damp is None and run.settings.compensates:
             self.half = Gram(columns, first.group, device=device)
         self._crossed = False
 
@@ -314,7 +320,7 @@ def _solve_group(
         method = "magnitude"
     elif statistics is not None:
         moments = statistics.moments(run, dtype)
-        dead = int((moments.gram.diagonal() == 0).sum())
+        dead = int((statistics.gram.diagonal() == 0).sum())
         damp = _damping(run, pattern, originals, statistics)
     solved = prune_group(
         originals,
