@@ -123,6 +123,33 @@ def sparsegpt(rows: int, _columns: int, pattern: str) -> dict[str, Call]:
     return {"ours": Call(ours, again), "torch": Call(in_torch, again)}
 
 
+def solve(rows: int, columns: int, width: int | None = None) -> dict[str, Call]:
+    """Exact solves on half of the columns, for every row its own half; of all columns 64 rows only."""
+    if width is None:
+        rows, width = 64, columns
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(width, 2 * width, generator=generator)
+    h = inputs @ inputs.t() / width
+    b = torch.randn(rows, width, generator=generator)
+    chosen = torch.zeros(rows, width, dtype=torch.bool)
+    chosen.scatter_(1, torch.rand(rows, width, generator=generator).argsort(1)[:, : width // 2], True)
+    most = 1 << 25  # entries of one batch of systems
+
+    def in_torch() -> None:
+        found = torch.zeros_like(b)
+        count = width // 2
+        for part in torch.arange(rows).split(max(1, most // count**2)):
+            index = chosen[part].nonzero()[:, 1].view(-1, count)
+            factor = torch.linalg.cholesky_ex(h[index[:, :, None], index[:, None, :]])[0]
+            right = b[part].gather(1, index)[:, :, None]
+            found[part] = found[part].scatter(1, index, torch.cholesky_solve(right, factor)[:, :, 0])
+
+    def ours() -> None:
+        solver.solver_masked_solve(h, b, chosen)
+
+    return {"ours": Call(ours), "torch": Call(in_torch)}
+
+
 CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
     "admm 2:4": lambda rows, columns: admm(rows, columns, "2:4"),
     "admm 4:8": lambda rows, columns: admm(rows, columns, "4:8"),
@@ -130,6 +157,8 @@ CASES: dict[str, Callable[[int, int], dict[str, Call]]] = {
     "pcg": pcg,
     "sparsegpt 2:4": lambda rows, columns: sparsegpt(rows, columns, "2:4"),
     "sparsegpt mask": lambda rows, columns: sparsegpt(rows, columns, "mask"),
+    "solve 64 of 128": lambda rows, columns: solve(rows, columns, 128),
+    "solve half, 64 rows": solve,
 }
 
 

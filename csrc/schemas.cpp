@@ -46,4 +46,6 @@ TORCH_LIBRARY(lissom, m) {
   m.def(
       "solver_sparsegpt_block_(Tensor(a!) tile, Tensor(b!) pruned, Tensor factor, SymInt kept, SymInt group)"
       " -> Tensor");
+  // x_S = b_S inv(H[S, S]) for the set S that the mask chooses in each row; int32 [R]: 0, or where it failed.
+  m.def("solver_masked_solve(Tensor h, Tensor b, Tensor chosen) -> (Tensor x, Tensor info)");
 }

@@ -59,6 +59,25 @@ inline constexpr int64_t sparsegpt_scratch(int64_t columns, int64_t group) {
   return (3 * columns + group) * kStripRows;
 }
 
+// x_S with H[S, S] x_S = b_S for every row, S what the mask chooses; 0 elsewhere. A row whose H[S, S] is not positive
+// definite gets NaN on S.
+template <class T>
+struct MaskedSolve {
+  int64_t columns;
+  const T* h;             // [columns, columns], columns^2 < 2^31
+  const T* b;             // [rows, columns]
+  const uint8_t* chosen;  // [rows, columns]
+  const int64_t* counts;  // [rows]: |S|
+  const int64_t* order;   // [rows]: rows by ascending |S|
+  T* x;                   // [rows, columns]
+  int32_t* info;          // [rows]: 0, or 1 + the first pivot that is not positive
+};
+constexpr int64_t kSolveRows = 16;  // at most, that are solved in step
+inline constexpr int64_t masked_solve_scratch(int64_t largest) {
+  const int64_t size = largest + 3;
+  return (3 * size + size * (size + 1) / 2) * kSolveRows;
+}
+
 template <class T>
 struct Kernels {
   // Entries [begin, end), whole groups. scratch: 2 * group entries if group > kRankedGroup. Returns how many entries
@@ -67,6 +86,9 @@ struct Kernels {
   void (*pcg_step)(const Pcg<T>&, int64_t row_begin, int64_t row_end);
   // Rows [begin, end), begin a multiple of kStripRows. scratch: sparsegpt_scratch entries, aligned to 64 bytes.
   void (*sparsegpt_block)(const SparseGpt<T>&, int64_t begin, int64_t end, T* scratch);
+  // Rows order[begin, end), begin a multiple of kSolveRows. scratch: masked_solve_scratch entries for the largest |S|,
+  // aligned to 64 bytes.
+  void (*masked_solve)(const MaskedSolve<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 template <class T>

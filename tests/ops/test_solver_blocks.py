@@ -191,3 +191,138 @@ def test_pass_errors(change, error, words):
         solver.solver_sparsegpt_block_(**arguments)
     with pytest.raises(error, match="solver_sparsegpt_block_: "):
         twin.sparsegpt_block_(**arguments)
+
+
+# --- exact solves on sets ---
+
+
+def exact_solve(h: torch.Tensor, b: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Row by row in float64, by LU."""
+    x = torch.zeros(b.shape, dtype=torch.float64)
+    for row, mask in enumerate(chosen):
+        x[row, mask] = torch.linalg.solve(h.double()[mask][:, mask], b[row, mask].double())
+    return x
+
+
+def check_solve(h: torch.Tensor, b: torch.Tensor, chosen: torch.Tensor) -> None:
+    x, info = solver.solver_masked_solve(h, b, chosen)
+    assert info.tolist() == [0] * len(b)
+    assert (x[~chosen] == 0).all()
+    left = (b.double() - x.double() @ h.double()).masked_fill(~chosen, 0)
+    unit = torch.finfo(b.dtype).eps
+    size = h.double().norm() * x.double().norm(dim=1) + b.double().norm(dim=1)
+    assert (left.norm(dim=1) <= 10 * unit * size).all()  # backward stable
+    exact = exact_solve(h, b, chosen)
+    condition = torch.linalg.cond(h.double()).item() if len(h) else 1
+    assert ((x - exact).norm(dim=1) <= 10 * unit * condition * (exact.norm(dim=1) + 1e-30)).all()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 8, 13, 24, 33, 64, 100, 150])
+def test_solve_sets_of_every_size(tier, dtype, columns):
+    """Rows from the empty set to all columns, in no order, more than fit a register."""
+    h, b = hessian(columns).to(dtype), randn(21, columns, dtype=dtype, seed=2)
+    chosen = randn(21, columns, seed=3) > torch.linspace(-3, 3, 21)[torch.randperm(21)][:, None]
+    chosen[4], chosen[11] = True, False
+    check_solve(h, b, chosen)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 15, 16, 17, 50])
+def test_solve_sets_of_one_size(tier, dtype, rows):
+    h, b = hessian(80).to(dtype), randn(rows, 80, dtype=dtype, seed=2)
+    chosen = torch.zeros(rows, 80, dtype=torch.bool)
+    chosen.view(rows, 20, 4).scatter_(2, randn(rows, 20, 4, seed=3).argsort(-1)[:, :, :2], True)
+    check_solve(h, b, chosen)
+
+
+def test_solve_reads_the_lower_triangle_and_the_set_only(tier):
+    h, b = hessian(40).float(), randn(9, 40, seed=2)
+    chosen = randn(9, 40, seed=3) > 0
+    chosen[:, 7] = False
+    expected = solver.solver_masked_solve(h, b, chosen)[0]
+    h[7], h[:, 7] = torch.nan, torch.nan
+    spoiled = torch.where(torch.ones_like(h).triu(1).bool(), torch.nan, h)
+    found, info = solver.solver_masked_solve(spoiled, b.masked_fill(~chosen, torch.nan), chosen)
+    assert torch.equal(found, expected)
+    assert not info.any()
+
+
+def test_solve_names_the_rows_that_are_not_definite(tier, dtype):
+    """Their neighbours in the registers come out as if they were alone."""
+    h, b = hessian(30).to(dtype), randn(20, 30, dtype=dtype, seed=2)
+    chosen = randn(20, 30, seed=3) > -1
+    h[20] = h[10]
+    h[:, 20] = h[:, 10]
+    h[20, 20] = h[10, 10] * 0.999  # with both, H[S, S] is indefinite
+    chosen[:, 20], chosen[:, 10] = True, False
+    chosen[[3, 17], 10] = True
+    x, info = solver.solver_masked_solve(h, b, chosen)
+    assert info.nonzero()[:, 0].tolist() == [3, 17]
+    assert info[3] == chosen[3, :21].sum()  # 1 + the place of column 20 in the set
+    assert x[[3, 17]][chosen[[3, 17]]].isnan().all()
+    assert (x[~chosen] == 0).all()
+    good = torch.ones(20, dtype=torch.bool)
+    good[[3, 17]] = False
+    torch.testing.assert_close(
+        x[good].double(), exact_solve(h, b, chosen & good[:, None])[good], rtol=1e-2, atol=1e-3
+    )
+    theirs, twin_info = twin.masked_solve(h, b, chosen)
+    assert torch.equal(info, twin_info)
+    assert torch.equal(x.isnan(), theirs.isnan())
+
+
+def test_solve_same_for_any_number_of_threads(tier):
+    h, b = hessian(60).float(), randn(333, 60, seed=2)
+    chosen = randn(333, 60, seed=3) > 0.2
+    seen = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        seen.append(solver.solver_masked_solve(h, b, chosen)[0])
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_solve_twin(tier, dtype):
+    h, b = hessian(50).to(dtype), randn(25, 50, dtype=dtype, seed=2)
+    chosen = randn(25, 50, seed=3) > 0
+    for ours, theirs in zip(solver.solver_masked_solve(h, b, chosen), twin.masked_solve(h, b, chosen)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0), (0, 0)])
+def test_solve_empty(tier, rows, columns):
+    b = torch.zeros(rows, columns)
+    x, info = solver.solver_masked_solve(torch.eye(columns), b, b.bool())
+    assert x.shape == (rows, columns)
+    assert info.tolist() == [0] * rows
+
+
+def test_solve_opcheck(dtype):
+    operator = torch.ops.lissom.solver_masked_solve.default
+    h, b = hessian(12).to(dtype), randn(7, 12, dtype=dtype, seed=2)
+    for rows in (7, 0):
+        result = torch.library.opcheck(operator, (h, b[:rows], b[:rows] > 0), test_utils=CHECKS)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"b": torch.ones(3, 8).half()}, TypeError, "b must be float32 or float64; got Half"),
+        ({"b": torch.ones(8, 3).t()}, ValueError, "b must be contiguous.*strides"),
+        ({"b": torch.ones(8)}, ValueError, r"b must be contiguous \[R, C\]; got \[8\]"),
+        ({"h": torch.eye(9)}, ValueError, r"h must be .*\[9, 9\]"),
+        ({"h": torch.eye(8).double()}, TypeError, "h must be Float; got Double"),
+        ({"chosen": torch.ones(3, 8)}, TypeError, "chosen must be Bool; got Float"),
+        ({"chosen": torch.ones(1, 8, dtype=torch.bool)}, ValueError, r"chosen must be contiguous \[3, 8\]"),
+    ],
+)
+def test_solve_errors(change, error, words):
+    arguments = {
+        "h": torch.eye(8),
+        "b": torch.ones(3, 8),
+        "chosen": torch.ones(3, 8, dtype=torch.bool),
+    } | change
+    with pytest.raises(error, match=words):
+        solver.solver_masked_solve(**arguments)
+    with pytest.raises(error, match="solver_masked_solve: "):
+        twin.masked_solve(**arguments)

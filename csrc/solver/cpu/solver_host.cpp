@@ -6,7 +6,11 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <tuple>
+#include <vector>
 
 #include "core/check.h"
 #include "core/parallel.h"
@@ -55,6 +59,7 @@ using at::Tensor;
 using MaybeTensor = c10::optional<Tensor>;
 
 constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMostColumns = 46340;   // of an H whose entries are numbered by int32
 constexpr int64_t kUnit = 4096;           // entries of a group pattern that make one unit of work
 constexpr int64_t kThreadWork = 1 << 15;  // entries that are worth a thread
 
@@ -209,12 +214,54 @@ Tensor sparsegpt_block(const Tensor& tile, const Tensor& pruned, const Tensor& f
   return errors;
 }
 
+std::tuple<Tensor, Tensor> masked_solve(const Tensor& h_in, const Tensor& b, const Tensor& chosen) {
+  constexpr const char* op = "solver_masked_solve";
+  check_float(op, "b", b);
+  TORCH_CHECK_VALUE(b.dim() == 2 && b.is_contiguous(), "lissom::", op, ": b must be contiguous [R, C]; got ",
+                    shape_of(b), " with strides ", b.strides());
+  const int64_t rows = b.size(0), columns = b.size(1);
+  check_like(op, "chosen", chosen, b.sizes(), at::kBool);
+  const Tensor h = h_in.contiguous();
+  check_like(op, "h", h, {columns, columns}, b.scalar_type());
+  TORCH_CHECK_VALUE(columns <= kMostColumns, "lissom::", op, ": C must be at most ", kMostColumns, "; got ",
+                    columns);
+  Tensor x = at::empty_like(b);
+  Tensor info = at::empty({rows}, b.options().dtype(at::kInt));
+  if (rows == 0 || columns == 0) return {x, info.zero_()};
+  const Tensor counts = chosen.sum(1);
+  const int64_t* const sizes = data<int64_t>(counts);
+  std::vector<int64_t> order(static_cast<size_t>(rows));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t m, int64_t n) { return sizes[m] < sizes[n]; });
+  const int64_t units = (rows + kSolveRows - 1) / kSolveRows, threads = at::get_num_threads();
+  const int64_t scratch_entries = masked_solve_scratch(sizes[order.back()]);
+  const Tensor scratch = at::empty({scratch_entries * std::min(threads, units)}, b.options());
+  with_type(b, [&](auto zero) {
+    using T = decltype(zero);
+    const MaskedSolve<T> problem = {columns, data<T>(h),   data<T>(b),         mask_data(chosen),
+                                    sizes,   order.data(), mutable_data<T>(x), mutable_data<int32_t>(info)};
+    const auto run = kernels<T>(cpu_isa()).masked_solve;
+    T* const room = mutable_data<T>(scratch);
+    // A thread takes the next unit when it is done with one, the largest systems first.
+    std::atomic<int64_t> taken{0};
+    parallel(std::min(threads, units), 1, [&](int64_t begin, int64_t) {
+      T* const own = room + scratch_entries * begin;
+      for (int64_t n = taken++; n < units; n = taken++) {
+        const int64_t first = (units - 1 - n) * kSolveRows;
+        run(problem, first, std::min(first + kSolveRows, rows), own);
+      }
+    });
+  });
+  return {x, info};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lissom, CPU, m) {
   m.impl("solver_admm_step_", admm_step);
   m.impl("solver_pcg_step_", pcg_step);
   m.impl("solver_sparsegpt_block_", sparsegpt_block);
+  m.impl("solver_masked_solve", masked_solve);
 }
 
 }  // namespace lissom::solver

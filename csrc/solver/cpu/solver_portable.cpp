@@ -10,6 +10,7 @@ constexpr int kBytes = 16;  // of a vector
 #include "solver/cpu/solver_vectors.inc"
 
 #include "solver/cpu/solver_admm.inc"
+#include "solver/cpu/solver_cholesky.inc"
 #include "solver/cpu/solver_pcg.inc"
 #include "solver/cpu/solver_sparsegpt.inc"
 
@@ -17,7 +18,9 @@ constexpr int kBytes = 16;  // of a vector
 
 extern const Kernels<float> kFloat;
 extern const Kernels<double> kDouble;
-const Kernels<float> kFloat = {admm_step<float>, pcg_step<float>, sparsegpt_block<float>};
-const Kernels<double> kDouble = {admm_step<double>, pcg_step<double>, sparsegpt_block<double>};
+const Kernels<float> kFloat = {admm_step<float>, pcg_step<float>, sparsegpt_block<float>,
+                               masked_solve<float>};
+const Kernels<double> kDouble = {admm_step<double>, pcg_step<double>, sparsegpt_block<double>,
+                                 masked_solve<double>};
 
 }  // namespace lissom::solver::portable

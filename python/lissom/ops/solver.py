@@ -143,6 +143,31 @@ def solver_sparsegpt_block_(tile: Tensor, pruned: Tensor, factor: Tensor, kept: 
     return _ops.solver_sparsegpt_block_(tile, pruned, factor, kept, group)
 
 
+def solver_masked_solve(h: Tensor, b: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves x_S H[S, S] = b_S exactly for every row, each with a set S of its own.
+
+    One Cholesky factorisation a row, sixteen rows in step (AVX-512, float32). Rows with sets of like size cost least.
+
+    Args:
+        h: [C, C] float32 or float64, symmetric; only the lower triangle is read. C at most 46340.
+        b: [R, C], contiguous, the dtype of h; read on S only.
+        chosen: bool [R, C], True on S.
+
+    Returns:
+        x [R, C], zero outside of S, and info int32 [R]: 0, or 1 + the place in S of the first pivot that is not
+        positive: there H[S, S] is not positive definite, and x is NaN on S.
+
+    Raises:
+        ValueError: shapes or strides. TypeError: dtypes.
+
+    >>> h, b = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[3.0, 3.0], [4.0, 9.0]])
+    >>> x, info = solver_masked_solve(h, b, torch.tensor([[True, True], [True, False]]))
+    >>> x.tolist(), info.tolist()
+    ([[1.0, 1.0], [2.0, 0.0]], [0, 0])
+    """
+    return _ops.solver_masked_solve(h, b, chosen)
+
+
 # --- shapes without data
 
 
@@ -174,8 +199,14 @@ def _(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, group: int) -> Te
     return torch.empty_like(tile)
 
 
+@torch.library.register_fake("lissom::solver_masked_solve")
+def _(h: Tensor, b: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    twin.check_masked_solve(h, b, chosen)
+    return torch.empty_like(b), b.new_empty(b.shape[0], dtype=torch.int32)
+
+
 # --- any other device: the twins
 
 _library = torch.library.Library("lissom", "FRAGMENT")
-for _name in ("admm_step_", "pcg_step_", "sparsegpt_block_"):
+for _name in ("admm_step_", "pcg_step_", "sparsegpt_block_", "masked_solve"):
     _library.impl(f"solver_{_name}", getattr(twin, _name), "CompositeExplicitAutograd")

@@ -169,3 +169,34 @@ def sparsegpt_block_(tile: Tensor, pruned: Tensor, factor: Tensor, kept: int, gr
         tile[column].masked_fill_(gone, 0)
         tile[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
     return errors
+
+
+def check_masked_solve(h: Tensor, b: Tensor, chosen: Tensor) -> None:
+    """What `solver_masked_solve` refuses."""
+    op = "solver_masked_solve"
+    one_device(op, h=h, b=b, chosen=chosen)
+    check_float(op, "b", b)
+    if b.dim() != 2:
+        raise ValueError(f"lissom::{op}: b must be contiguous [R, C]; got {list(b.shape)}")
+    check_like(op, b.shape, b.dtype, b=b)
+    check_like(op, b.shape, torch.bool, chosen=chosen)
+    if h.dtype != b.dtype:
+        raise TypeError(f"lissom::{op}: h must be {b.dtype}; got {h.dtype}")
+    if h.shape != (b.shape[1], b.shape[1]):
+        raise ValueError(f"lissom::{op}: h must be [C, C] with C={b.shape[1]}; got {list(h.shape)}")
+
+
+def masked_solve(h: Tensor, b: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of `solver_masked_solve`."""
+    check_masked_solve(h, b, chosen)
+    x, info = torch.zeros_like(b), torch.zeros(len(b), dtype=torch.int32, device=b.device)
+    counts = chosen.sum(1)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        index = chosen[rows].nonzero()[:, 1].view(len(rows), count)
+        factor, failed = torch.linalg.cholesky_ex(h[index[:, :, None], index[:, None, :]])
+        found = torch.cholesky_solve(b[rows].gather(1, index)[:, :, None], factor)[:, :, 0]
+        found.masked_fill_(failed[:, None] > 0, torch.nan)
+        x[rows] = x[rows].scatter(1, index, found)
+        info[rows] = failed
+    return x, info
