@@ -19,7 +19,8 @@ def row():
 def test_ratios_are_to_the_fastest_peer(row):
     assert row["ratio_best"] == pytest.approx(min(row["peers"].values()) / row["ours_us"])
     huge = [t for name, t in row["other_peers"].items() if name.endswith(", huge pages")]
-    assert row["ratio_huge_pages"] == (pytest.approx(min(huge) / row["ours_us"]) if huge else None)
+    best = min(*huge, *row["peers"].values()) / row["ours_us"] if huge else None
+    assert row["ratio_huge_pages"] == pytest.approx(best)
 
 
 def test_every_peer_computes_x_times_w():
@@ -37,6 +38,13 @@ def test_a_peer_that_refuses_is_left_out_with_its_reason(monkeypatch):
     peers, left_out = sparse24._dense_peers(torch.randn(3, 64), 32)
     assert "oneDNN" not in peers
     assert left_out == {"oneDNN": "bf16 path needs the cpu support"}
+
+
+def test_a_peer_without_huge_pages_is_left_out(monkeypatch):
+    monkeypatch.setattr(machine, "onto_huge_pages", lambda address, count: False)
+    peers, left_out = sparse24._dense_peers(torch.randn(3, 64), 32, huge_pages=True)
+    assert peers == {}
+    assert {"F.linear", "oneDNN"} <= left_out.keys()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise is Linux's")

@@ -51,8 +51,8 @@ def run(
     Returns:
         One dict a combination: dtype, M, N, K, threads, ours_us, path, peers {name: us} of the same dtype,
         left_out {peer: reason}, other_peers {name: us}, ratio_best (fastest peer over ours),
-        ratio_huge_pages (the same with the peer's weights on huge pages as ours are, which takes more than
-        torch does by itself; None where the system has none), byte_ratio (dense over packed), gflops
+        ratio_huge_pages (the same, peers whose weights were moved onto huge pages, as ours are, included;
+        None where the system has none), byte_ratio (dense over packed), gflops
         (dense-equivalent: 2 M N K), gbps (packed bytes over time) and roofline_share (the time that bytes or
         arithmetic of the 2:4 form need at least, over ours; the ceilings are those that dense code reaches on
         this machine, so it may pass 1).
@@ -187,7 +187,9 @@ def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[s
     torch.manual_seed(0)
     x = torch.randn(m, k).to(dtype)
     peers, left_out = _dense_peers(x, n)
-    huge = {f"{name}, huge pages": call for name, call in _dense_peers(x, n, huge_pages=True)[0].items()}
+    huge, without = _dense_peers(x, n, huge_pages=True)
+    huge = {f"{name}, huge pages": call for name, call in huge.items()}
+    left_out |= {f"{name}, huge pages": reason for name, reason in without.items()}
     calls = {"ours": _ours(x, n)} | peers | huge
     if dtype != torch.float32:
         widened = _dense_peers(torch.randn(m, k), n, only_onednn=True)[0]
@@ -207,7 +209,7 @@ def _time_one(dtype: torch.dtype, m: int, n: int, k: int, quick: bool) -> dict[s
         "left_out": left_out,
         "other_peers": {name: t for name, t in micros.items() if name not in peers and name != "ours"},
         "ratio_best": min(micros[name] for name in peers) / ours,
-        "ratio_huge_pages": min(micros[name] for name in huge) / ours if huge else None,
+        "ratio_huge_pages": min(micros[name] for name in (*peers, *huge)) / ours if huge else None,
         "gflops": 2 * m * n * k / ours / 1e3,
         "gbps": packed / ours / 1e3,
         "byte_ratio": n * k * dtype.itemsize / packed,
@@ -237,19 +239,27 @@ def _dense_peers(
         except RuntimeError as reason:  # bf16 when capped to AVX2
             left_out["oneDNN"] = str(reason).splitlines()[0]
         else:
-            nbytes = torch.ops.mkldnn._nbytes
-            places = [(torch.ops.mkldnn.data_ptr(w), nbytes(w)) for w in made]
-            if not huge_pages or all(machine.onto_huge_pages(*place) for place in places):
-                peers["oneDNN"] = lambda r: torch.ops.mkldnn._linear_pointwise(
-                    x, made[r % len(made)], None, "none", [], ""
-                )
+            peers["oneDNN"] = lambda r: torch.ops.mkldnn._linear_pointwise(
+                x, made[r % len(made)], None, "none", [], ""
+            )
+            if huge_pages:
+                nbytes = torch.ops.mkldnn._nbytes
+                _move("oneDNN", peers, left_out, [(torch.ops.mkldnn.data_ptr(w), nbytes(w)) for w in made])
     if only_onednn:
         return peers, left_out
-    if not huge_pages or all(machine.onto_huge_pages(w.data_ptr(), w.nbytes) for w in weights):
-        peers["F.linear"] = lambda r: F.linear(x, weights[r % len(weights)])
-    if not huge_pages and importlib.util.find_spec("openvino") is not None:
+    peers["F.linear"] = lambda r: F.linear(x, weights[r % len(weights)])
+    if huge_pages:
+        _move("F.linear", peers, left_out, [(w.data_ptr(), w.nbytes) for w in weights])
+    elif importlib.util.find_spec("openvino") is not None:
         peers["OpenVINO"] = _openvino(x, weights)
     return peers, left_out
+
+
+def _move(name: str, peers: dict[str, Any], left_out: dict[str, str], weights: list[tuple[int, int]]) -> None:
+    """Weights (address, bytes) onto huge pages; a peer of which one does not move is left out."""
+    if not all(machine.onto_huge_pages(*weight) for weight in weights):
+        del peers[name]
+        left_out[name] = "the system had no huge pages for its weights"
 
 
 def _openvino(x: Tensor, weights: list[Tensor]) -> Callable[[int], Any]:
