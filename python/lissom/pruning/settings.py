@@ -17,7 +17,8 @@ from .reconstruct import Reconstruction
 from .report import BlockProgress
 from .solver import COMPENSATING, check_damp, find_method
 
-USUAL_BLEND = 0.35  # the optimum is flat; fully dense targets shrink every layer a little and wreck deep models
+# The optimum is flat between a quarter and a third; full dense targets shrink every layer and wreck deep models.
+USUAL_BLEND = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Settings:
         damp: share of mean(diag(H)) added to H; None: 0.01, or what does best on held-out tokens for a layer
             with fewer than 2 C tokens.
         blend: weight of the dense model's outputs in every layer's target, 0 to 1; the rest is the layer's own
-            output on the inputs that the pruned model makes. None: 0.35 when weights are compensated.
+            output on the inputs that the pruned model makes. None: 0.3 when weights are compensated.
         reconstruct: train each block's kept weights a little after it is solved; None: not at all.
         batch: sequences per forward pass; None: as many as make about 4096 tokens.
         state_dir: folder that keeps finished blocks.
