@@ -4,38 +4,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.stream import BATCH_TOKENS
-from ..models.walk import ModelMap, describe
-from .pattern import Pattern
+from ..models.walk import Block, LinearRef, ModelMap, describe
+from .reconstruct import Reconstruction
 from .report import PrunePlan
-from .selection import Selection, select_linears
-from .solver import find_method
+from .selection import Selection, read_pattern, select_linears
+from .settings import Settings
+from .solver import COMPENSATING
 
+_PROCESS_BYTES = 380 << 20  # Python, torch and transformers before the first weight; measured
 _BYTE_SECONDS = 1.25e-10  # of one thread in an elementwise operation on large tensors; measured
+# Operations of the LAPACK routines as if they ran at the speed of a product of matrices; measured.
+_EIGEN, _CHOLESKY = 14, 2
+_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 48, 30, 6
 
 
-def plan_prune(
-    model: nn.Module,
-    *,
-    pattern: str | float | Pattern,
-    method: str,
-    samples: int = 64,
-    seq_len: int = 1024,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    strict: bool = True,
-    batch: int | None = None,
-) -> PrunePlan:
+def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
     """Say what `prune_model` with these arguments would touch, and estimate its memory and time.
 
     Args:
         model: a transformers model; may live on the meta device.
-        pattern, method, samples, seq_len, include, exclude, strict, batch: as for `prune_model`.
+        **arguments: as for `prune_model`. Calibration data is not read; leave it out, or say `data=None` for a
+            run without.
 
     Returns:
         The plan. Nothing is computed but a few short matmuls, whose speed gives the estimate of the time.
@@ -43,72 +40,227 @@ def plan_prune(
     Raises:
         UnsupportedModelError: an unknown architecture.
         ValueError: arguments that cannot be used, or nothing to prune.
+
+    Example:
+        >>> from lissom.models.tiny import build_tiny
+        >>> len(plan_prune(build_tiny("llama"), pattern="2:4").touched)
+        21
     """
-    pattern = Pattern.parse(pattern)
-    find_method(method)
-    parts = describe(model)
-    selection = select_linears(parts, pattern, include=include, exclude=exclude, strict=strict)
-    batch_tokens = min(samples * seq_len, batch * seq_len if batch else max(seq_len, BATCH_TOKENS))
+    settings = Settings(**{"data": "", **arguments})
+    parts, wanted = describe(model), read_pattern(settings.pattern)
+    selection = select_linears(
+        parts, wanted, include=settings.include, exclude=settings.exclude, strict=settings.strict
+    )
+    job = _Job(settings, parts, selection, _routed(model))
     return PrunePlan(
-        method=method,
-        pattern=str(pattern),
+        method=settings.method,
+        pattern=str(wanted),
         touched=[linear.name for linear in selection.linears()],
         left=selection.left,
         touched_parameters=selection.touched_parameters,
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        peak_bytes=_peak_bytes(model, parts, selection, samples * seq_len, batch_tokens),
-        estimated_seconds=_seconds(parts, selection, method, samples * seq_len, seq_len),
+        peak_bytes=_PROCESS_BYTES + _model_bytes(model) + _work_bytes(job),
+        estimated_seconds=_seconds(job, _Rates.measure(job.first.parameter.dtype)),
     )
 
 
-def _peak_bytes(
-    model: nn.Module, parts: ModelMap, selection: Selection, tokens: int, batch_tokens: int
-) -> int:
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    first = parts.blocks[0].linears[0]
-    size = first.parameter.element_size()
-    stream = tokens * first.shape[1] * size
-    # One batch inside a block: about every linear's input and output, and one input widened to float32.
-    forward = batch_tokens * max(
-        sum(sum(linear.shape) for linear in block.linears) * size
-        + 4 * max(linear.shape[1] for linear in block.linears)
-        for block in parts.blocks
-    )
-    solve = 0
-    for step in selection.steps:
-        grams = sum(8 * group[0].shape[1] ** 2 for group in step.groups().values())
-        for group in step.groups().values():
-            rows, columns = sum(linear.shape[0] for linear in group), group[0].shape[1]
-            solve = max(solve, grams + 16 * columns**2 + 16 * rows * columns)
-    return held + stream + max(forward, solve)
+@dataclass(frozen=True)
+class _Job:
+    """What decides how long a run takes and how much memory it needs; `routed` is experts per token."""
+
+    settings: Settings
+    parts: ModelMap
+    selection: Selection
+    routed: int
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens of one process."""
+        settings = self.settings
+        return -(-settings.samples // settings.ranks.size) * settings.seq_len if self.calibrated else 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the run reads data."""
+        return self.settings.data is not None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward pass."""
+        batch = self.settings.batch
+        if self.reconstruct and batch is None:
+            batch = self.reconstruct.sequences
+        tokens = batch * self.settings.seq_len if batch else max(self.settings.seq_len, BATCH_TOKENS)
+        return min(self.tokens, tokens)
+
+    @property
+    def blend(self) -> bool:
+        """Whether targets come from the dense model as well."""
+        return self.settings.target_blend > 0
+
+    @property
+    def reconstruct(self) -> Reconstruction | None:
+        """How blocks are trained."""
+        return self.settings.reconstruct if self.calibrated else None
+
+    @property
+    def streams(self) -> int:
+        """Hidden states of all tokens that are kept: the pruned model's, and the dense one's for targets."""
+        return 2 if self.blend or self.reconstruct else 1
+
+    @property
+    def first(self) -> LinearRef:
+        """The first linear: it reads hidden states, and its weight has the model's type."""
+        return self.parts.linears()[0]
+
+    def load(self, linear: LinearRef) -> float:
+        """Share of the tokens that reach a linear."""
+        return min(1.0, self.routed / len(linear.parameter)) if linear.routed else 1.0
+
+    def few_tokens(self, columns: int) -> bool:
+        """Whether a damping is chosen by halves of the tokens."""
+        settings = self.settings
+        return settings.damp is None and settings.compensates and self.tokens < 2 * columns
+
+    def problems(self) -> Iterator[tuple[int, int]]:
+        """Rows and columns of every problem that is solved: linears that share input and pattern."""
+        for step in self.selection.steps:
+            for group in step.groups().values():
+                rows: dict[str, int] = {}
+                for linear in group:
+                    text = str(step.pattern_of(linear.name))
+                    rows[text] = rows.get(text, 0) + linear.shape[0]
+                yield from ((count, group[0].shape[1]) for count in rows.values())
 
 
-def _seconds(parts: ModelMap, selection: Selection, method: str, tokens: int, seq_len: int) -> float:
-    weight = parts.blocks[0].linears[0].parameter
-    half = weight.dtype == torch.bfloat16
-    model_rate, solve_rate = _matmul_rate(weight.dtype), _matmul_rate(torch.float32)
-    element = _BYTE_SECONDS * weight.element_size() / torch.get_num_threads()
-    # Gram products of bfloat16 inputs run at a bit under half the rate of the model's own matmuls.
-    gram_rate = max(solve_rate, 0.4 * model_rate) if half else solve_rate
+@dataclass(frozen=True)
+class _Rates:
+    """Speed of this machine: operations per second, and seconds per byte of an elementwise operation."""
+
+    model: float
+    solve: float
+    gram: float
+    byte: float
+    itemsize: int
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype) -> _Rates:
+        model, solve = _matmul_rate(dtype), _matmul_rate(torch.float32)
+        # Sums of products of bfloat16 inputs in float32 run at a good fifth of the model's own products.
+        gram = max(solve, 0.22 * model) if dtype == torch.bfloat16 else solve
+        return cls(model, solve, gram, _BYTE_SECONDS / torch.get_num_threads(), dtype.itemsize)
+
+
+def _routed(model: Any) -> int:
+    """Experts that each token reaches."""
+    return getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+
+
+def _model_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _work_bytes(job: _Job) -> int:
+    """Memory at the peak beside the process and the model."""
+    size = job.first.parameter.element_size()
+    hidden = job.streams * job.tokens * job.first.shape[1] * size if job.settings.spill_dir is None else 0
+    forward = collected = trained = 0
+    for block in job.parts.blocks if job.tokens else ():
+        # One batch inside a block: about every linear's input and output, and one input widened to float32.
+        activations = sum(sum(linear.shape) * job.load(linear) for linear in block.linears) * size
+        widened = 4 * max((linear.shape[1] for linear in block.linears), default=0)
+        forward = max(forward, int(job.batch_tokens * (activations + widened)))
+    for step in job.selection.steps:
+        groups = step.groups().values()
+        collected = max(collected, sum(_statistics_bytes(job, group[0].shape[1]) for group in groups))
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in step.linears)
+        if job.reconstruct:
+            # Weights in float32, their gradients and Adam's two moments; what autograd keeps of a batch.
+            trained = max(trained, weights * (16 + size) + 3 * forward)
+    solved = max((_solve_bytes(job, *shape) for shape in job.problems()), default=0)
+    return hidden + max(collected + forward, collected + solved, trained)
+
+
+def _statistics_bytes(job: _Job, columns: int) -> int:
+    """Sums in float64 over the inputs of one group."""
+    if not job.tokens:
+        return 0
+    return 8 * columns**2 * (1 + job.blend + job.few_tokens(columns))
+
+
+def _solve_bytes(job: _Job, rows: int, columns: int) -> int:
+    """Copies in float32 of a problem's matrices that are alive at once."""
+    if not job.tokens:
+        return 4 * 3 * rows * columns
+    squares = {"alps": 8, "sparsegpt": 5, "mrp": 5}.get(job.settings.method, 4) + 2 * job.blend
+    return 4 * (squares * columns**2 + 8 * rows * columns)
+
+
+def _seconds(job: _Job, rates: _Rates) -> float:
+    if not job.tokens:
+        return 0.0
     seconds = 0.0
-    for _, block in zip(selection.steps, parts.blocks):
-        shapes = [linear.shape for linear in block.linears]
-        matmul = 2 * sum(rows * columns for rows, columns in shapes) / model_rate
-        # Attention runs at about a fifth of the matmul rate; norms, gates and residuals read and write each
-        # linear's input and output about twice.
-        attention = 2 * seq_len * shapes[0][1] / (0.2 * model_rate)
-        passes = 2 * sum(rows + columns for rows, columns in shapes) * element
-        seconds += 2 * tokens * (matmul + attention + passes)
-    for step in selection.steps:
+    for step, block in zip(job.selection.steps, job.parts.blocks):
+        forward = job.tokens * _forward_seconds(job, block, rates)
+        # The dense stream's pass, the pruned one's for the statistics, and its pass through the pruned block.
+        seconds += (1 + job.streams) * forward
+        if job.reconstruct and step.linears:
+            weights = sum(linear.shape[0] * linear.shape[1] for linear in step.linears)
+            updates = job.reconstruct.passes * job.tokens / job.batch_tokens
+            # A pass forward and two backward over all tokens; Adam touches about 110 bytes of each weight.
+            seconds += 3 * job.reconstruct.passes * forward + 110 * updates * weights * rates.byte
+    for step in job.selection.steps:
         for group in step.groups().values():
-            rows, columns = sum(linear.shape[0] for linear in group), group[0].shape[1]
-            seconds += tokens * (1.2 * columns**2 / gram_rate + 2 * columns * element)
-            seconds += 4 * rows * columns**2 / solve_rate
-            if method == "sparsegpt":
-                # The pass itself: 50 us of calls a column, and a rank-1 update of half a block of rows.
-                seconds += (rows * columns**2 + 2 * columns**3) / solve_rate
-                seconds += columns * (50e-6 + 64 * rows * 0.2e-9)
-    return seconds
+            seconds += job.tokens * job.load(group[0]) * _statistics_seconds(job, group[0].shape[1], rates)
+    return seconds + sum(_solve_seconds(job, rates, *shape) for shape in job.problems())
+
+
+def _forward_seconds(job: _Job, block: Block, rates: _Rates) -> float:
+    """Of one token through one block."""
+    shapes = [(linear.shape, job.load(linear)) for linear in block.linears]
+    # A block's products reach three quarters of the rate of large ones, attention an eighth; norms, gates and
+    # residuals read and write each linear's input and output about five times.
+    products = 2 * sum(load * rows * columns for (rows, columns), load in shapes) / (0.75 * rates.model)
+    attention = 2 * job.settings.seq_len * job.first.shape[1] / (0.13 * rates.model)
+    entries = sum(load * (rows + columns) for (rows, columns), load in shapes)
+    passes = 5 * entries * rates.itemsize * rates.byte
+    return products + attention + passes
+
+
+def _statistics_seconds(job: _Job, columns: int, rates: _Rates) -> float:
+    """Of one token in the sums over the inputs of a group."""
+    operations = columns**2 + 512 * columns + 2 * columns**2 * job.blend
+    return operations / rates.gram + 2 * columns * rates.itemsize * rates.byte
+
+
+def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int) -> float:
+    """Of one problem: target, mask and weights, refit, and the error that is reported."""
+    method, options = job.settings.method, job.settings.options
+    product, cube = 2 * rows * columns**2, columns**3
+    sweep = 4 * rows * columns * rates.byte  # one read or write of the weights
+    work: float = (_CHOLESKY * cube + 2 * product) * (1 + job.blend)
+    seconds = 100 * columns**2 * rates.byte + 15 * sweep  # checks, casts, mask
+    refit = product / rates.solve + 4 * sweep  # one iteration
+    iterations = _REFIT_AFTER_ADMM if method == "alps" else _REFIT_ITERATIONS
+    if method == "alps":
+        tall = rows > 2 * columns
+        work += _EIGEN * cube + _ADMM_ITERATIONS * (2 * cube + product if tall else 2 * product)
+        seconds += 8 * _ADMM_ITERATIONS * sweep
+    elif method in COMPENSATING:
+        work += 2 * _CHOLESKY * cube + product / 2
+        width = min(options.blocksize, columns)
+        # Inside a block of columns: a rank-1 update for each (sparsegpt), or a small system for each row (mrp).
+        joint = method == "mrp" and options.variant != "SS"
+        seconds += rows * columns * (width**2 / 4 * 0.15e-9 if joint else width / 2 * 0.2e-9)
+    if job.few_tokens(columns):
+        # Five dampings, each fitted to either half of the tokens.
+        seconds += 10 * (_REFIT_ITERATIONS * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
+    if options.refit == "exact":
+        work += rows * (columns / 2) ** 3 / 3 / 0.2
+    elif options.refit:
+        work += 2 * product
+        seconds += iterations * refit
+    return seconds + work / rates.solve
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:
