@@ -9,10 +9,22 @@ import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    from lissom.pruning import Options, Reconstruction
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -45,27 +57,55 @@ class DataSpec(_Strict):
         return source
 
 
+def _read_pattern(value: Any) -> str | float | dict[str, str]:
+    """One pattern as it was written, or the text of each entry of a map."""
+    from lissom.pruning.selection import PatternMap, read_pattern
+
+    try:
+        found = read_pattern(value)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if isinstance(found, PatternMap):
+        return found.to_dict()
+    return value if isinstance(value, float) else str(value).strip()
+
+
+PatternSpec = Annotated[str | float | dict[str, str], BeforeValidator(_read_pattern)]
+
+
+class ReconstructSpec(_Strict):
+    """Train each block's kept weights a little after it is solved: `lissom.pruning.Reconstruction`."""
+
+    passes: int = 4
+    learning_rate: float = 5e-4
+    sequences: int = 1
+
+    @field_validator("*")
+    @classmethod
+    def _is_setting(cls, value: Any, info: ValidationInfo) -> Any:
+        from lissom.pruning import Reconstruction
+
+        Reconstruction(**{str(info.field_name): value})
+        return value
+
+
 class PruneStep(_Strict):
     """Set weights to zero, block by block: `lissom.pruning.prune_model`."""
 
-    pattern: str | float = "2:4"
-    method: str = "sparsegpt"
-    damp: float | None = Field(default=None, gt=0)
+    pattern: PatternSpec = "2:4"
+    method: str = "alps"
+    refit: bool | str = True
+    variant: str | None = None
+    blocksize: int = 128
+    scope: str | None = None
+    act_order: bool = False
+    damp: float | None = Field(default=None, gt=0, le=1)
+    blend: float | None = Field(default=None, ge=0, le=1)
+    permute: bool | None = None
+    reconstruct: ReconstructSpec | None = None
     include: list[str] | None = None
     exclude: list[str] | None = None
     strict: bool = True
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_pattern(cls, pattern: str | float) -> str | float:
-        text = str(pattern).strip()
-        kept = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
-        if kept and int(kept[1]) < int(kept[2]):
-            return text
-        share = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
-        if share and 0 < float(share[1]) / (100 if share[2] else 1) < 1:
-            return text if share[2] else float(text)
-        raise ValueError(f"pattern must be like '2:4' (2 of 4 kept), '50%' or 0.5, got {text!r}")
 
     @field_validator("method")
     @classmethod
@@ -75,10 +115,44 @@ class PruneStep(_Strict):
         find_method(method)
         return method
 
+    @field_validator("refit", "variant", "blocksize", "scope", "act_order")
+    @classmethod
+    def _is_option(cls, value: Any, info: ValidationInfo) -> Any:
+        from lissom.pruning import Options
+
+        Options(**{str(info.field_name): value})
+        return value
+
     @property
-    def fits_quads(self) -> bool:
-        """Whether the pattern leaves at most two of every aligned four, as the packed form needs."""
-        return self.pattern in ("2:4", "1:4", "1:2")
+    def options(self) -> Options:
+        """What `prune_model` takes as `options`."""
+        from lissom.pruning import Options
+
+        return Options(
+            refit=self.refit,
+            variant=self.variant,
+            blocksize=self.blocksize,
+            scope=self.scope,
+            act_order=self.act_order,
+        )
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """What it takes as `reconstruct`."""
+        from lissom.pruning import Reconstruction
+
+        return Reconstruction(**self.reconstruct.model_dump()) if self.reconstruct else None
+
+    def unpackable(self) -> str | None:
+        """The pattern, or entry of the map, that the packed form cannot hold; None when all fit or stay dense."""
+        from lissom.pruning.selection import PatternMap, read_pattern
+
+        found = read_pattern(self.pattern)
+        entries = found if isinstance(found, PatternMap) else {"": found}
+        for key, pattern in entries.items():
+            if pattern is not None and not pattern.fits_quads:
+                return f"{key!r}: {str(pattern)!r}" if key else repr(self.pattern)
+        return None
 
 
 class EvalStep(_Strict):
@@ -145,7 +219,7 @@ class InfoStep(_Strict):
 class InspectStep(_Strict):
     """Blocks, linears, and what pruning could touch."""
 
-    pattern: str = "2:4"
+    pattern: PatternSpec = "2:4"
     include: list[str] | None = None
     exclude: list[str] | None = None
 
@@ -216,17 +290,13 @@ class Recipe(_Strict):
             raise ValueError(
                 "output is missing: a recipe that prunes needs 'output: {dir: FOLDER}' (-o FOLDER)"
             )
-        prunes = [step.prune for step in self.steps if step.prune]
-        if (
-            prunes
-            and self.output
-            and self.output.format == "packed"
-            and not any(p.fits_quads for p in prunes)
-        ):
-            raise ValueError(
-                f"output.format 'packed' needs pattern '2:4', got {prunes[0].pattern!r}: "
-                "prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed"
-            )
+        for step in self.steps:
+            misfit = step.prune.unpackable() if step.prune else None
+            if misfit and self.output and self.output.format == "packed":
+                raise ValueError(
+                    f"output.format 'packed' holds at most two of every four weights, as pattern '2:4' leaves them, "
+                    f"got {misfit}: prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed"
+                )
         for step in self.steps:
             if step.prune and step.prune.method != "magnitude" and self.data is None:
                 raise ValueError(
@@ -249,7 +319,8 @@ class Recipe(_Strict):
     def fingerprint(self) -> str:
         """sha256 over all that decides the saved weights, not where they go or how they are measured."""
         decisive = {k: v for k, v in self.to_dict().items() if k in ("model", "dtype", "data", "steps")}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        # Keys are not sorted: the order of a pattern map decides.
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 class _Loader(yaml.SafeLoader):
@@ -367,7 +438,7 @@ def _keys_at(loc: tuple, values: Any) -> list[str]:
         if loc[2] == "bench":
             kind = values["steps"][loc[1]]["bench"].get("kind", "sparse24")
             return list(_BENCHES[kind].model_fields)
-        model = _SETTINGS[str(loc[2])]
+        model = _SETTINGS[str(loc[3] if len(loc) > 3 else loc[2])]
     else:
         model = _SECTIONS[str(loc[0])]
     return list(model.model_fields)
@@ -375,6 +446,7 @@ def _keys_at(loc: tuple, values: Any) -> list[str]:
 
 _SETTINGS: dict[str, type[_Strict]] = {
     "prune": PruneStep,
+    "reconstruct": ReconstructSpec,
     "eval": EvalStep,
     "generate": GenerateStep,
     "info": InfoStep,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lissom import steps
 from lissom.recipe import Evaluation, Recipe, RecipeError, build_recipe, read_recipe
@@ -21,13 +21,20 @@ from lissom.reporting import facts, judge, write_report
 from lissom.reporting.files import write_json, write_text
 from lissom.steps import Event, Session
 
+if TYPE_CHECKING:
+    from lissom.pruning import Ranks
+
 REPORT_VERSION = 1
+_PATIENCE = 86400.0  # seconds that the other processes of a run wait while the first one evaluates or saves
 _PROMPT = 512  # tokens of prefill when speed is measured, or half of what a small model takes
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gave: one result per step, and for a run that saves the whole report."""
+    """What a run gave: one result per step, and for a run that saves the whole report.
+
+    Of several processes (torchrun) only the first has the report, and results of steps other than prune.
+    """
 
     recipe: Recipe
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -92,6 +99,8 @@ def run_recipe(
 ) -> RunResult:
     """Run a recipe's steps; with an output, evaluate, save and report as well.
 
+    Processes that torchrun started share the pruning; everything else the first one does while they wait.
+
     Args:
         recipe: what to do.
         resume: go on with an interrupted run.
@@ -103,17 +112,23 @@ def run_recipe(
 
     Raises:
         RunError: the output folder is taken, or `resume` meets another recipe's state.
+        RankError: another process of the run failed.
     """
+    from lissom.pruning import Ranks
+
     emit = on_event or (lambda event: None)
-    with _threads(recipe.threads):
-        if recipe.output is None:
-            session = Session(recipe, emit)
-            results = _run_steps(session)
-            evaluation = recipe.evaluate
-            if evaluation:
-                results.append(_timed("eval", lambda: steps.evaluate(session, evaluation)))
-            return RunResult(recipe, results)
-        return _Making(recipe, emit, resume=resume, overwrite=overwrite).run()
+    with _threads(recipe.threads), Ranks.join(timeout=_PATIENCE) as ranks:
+        ranks.same("the recipe", recipe.to_dict())
+        if recipe.output is not None:
+            return _Making(recipe, emit, ranks, resume=resume, overwrite=overwrite).run()
+        if ranks.rank:
+            return RunResult(recipe)
+        session = Session(recipe, emit)
+        results = _run_steps(session)
+        evaluation = recipe.evaluate
+        if evaluation:
+            results.append(_timed("eval", lambda: steps.evaluate(session, evaluation)))
+        return RunResult(recipe, results)
 
 
 def plan_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -129,11 +144,11 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     peak, seconds = 0, 0.0
     with _threads(recipe.threads):
         for step in recipe.steps:
-            plan = _plan_step(recipe, step.verb, step.settings)
+            plan = steps.plan(recipe, step.verb, step.settings)
             plans.append({"verb": step.verb, **plan})
             peak, seconds = max(peak, plan["peak_bytes"]), seconds + plan["estimated_seconds"]
         if recipe.evaluate and recipe.evaluate.perplexity:
-            plan = _plan_step(recipe, "eval", recipe.evaluate)
+            plan = steps.plan(recipe, "eval", recipe.evaluate)
             times = 2 if recipe.output else 1
             plans.append({"verb": "evaluate", **plan, "estimated_seconds": times * plan["estimated_seconds"]})
             peak, seconds = max(peak, plan["peak_bytes"]), seconds + times * plan["estimated_seconds"]
@@ -153,67 +168,53 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _plan_step(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
-    if verb == "prune":
-        from lissom.pruning import plan_prune
+def is_interrupted(recipe: Recipe) -> bool:
+    """Whether a run of this recipe into its output folder was begun and can be resumed.
 
-        data = recipe.data
-        windows = {"samples": data.samples, "seq_len": data.seq_len} if data else {}
-        plan = plan_prune(
-            facts.skeleton(recipe.model or "", dtype=recipe.dtype),
-            pattern=settings.pattern,
-            method=settings.method,
-            include=settings.include,
-            exclude=settings.exclude,
-            strict=settings.strict,
-            **windows,
-        )
-        return plan.to_dict()
-    if verb in ("eval", "generate") or (verb == "bench" and recipe.model):
-        net: Any = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
-        size = sum(p.numel() * p.element_size() for p in net.parameters())
-        count = sum(p.numel() for p in net.parameters())
-        dtype = next(net.parameters()).dtype
-        vocabulary = net.config.get_text_config().vocab_size
-        tokens, rows, runs = {
-            "eval": lambda: (settings.windows * settings.seq_len, settings.seq_len, 1),
-            "generate": lambda: (settings.max_new_tokens, 1, 1),
-            # Three variants, warmed up once; a decoded token costs about ten of a prompt.
-            "bench": lambda: (settings.prompt + 10 * settings.new_tokens, 1, 3 * (settings.rounds + 1)),
-        }[verb]()
-        return {
-            "peak_bytes": size * (3 if verb == "bench" else 1) + 8 * rows * vocabulary,
-            "estimated_seconds": runs * tokens * 2 * count / facts.matmul_rate(dtype),
-        }
-    return {"peak_bytes": 0, "estimated_seconds": 0.0}
+    Args:
+        recipe: one with an output.
+
+    Returns:
+        Whether the state beside the folder is this recipe's.
+    """
+    started = _state_folder(Path(recipe.output.dir)) / "run.json" if recipe.output else None
+    if started is None or not started.is_file():
+        return False
+    return json.loads(started.read_text(encoding="utf-8"))["fingerprint"] == recipe.fingerprint()
+
+
+def _state_folder(output: Path) -> Path:
+    return Path(f"{output}.lissom-state")
 
 
 class _Making:
     """One run that makes a model folder; its state lies beside the folder until the folder is complete."""
 
     def __init__(
-        self, recipe: Recipe, emit: Callable[[Event], None], *, resume: bool, overwrite: bool
+        self, recipe: Recipe, emit: Callable[[Event], None], ranks: Ranks, *, resume: bool, overwrite: bool
     ) -> None:
         if recipe.output is None or recipe.model is None:
             raise RecipeError("a run that saves needs both 'model' and 'output'")
         self.recipe, self.settings = recipe, recipe.output
         self.evaluation = recipe.evaluate or Evaluation(speed=False, kernels=False)
         self.output = Path(recipe.output.dir)
-        if self.output.resolve() == Path.cwd():
-            # The folder is replaced as a whole: the shell that stands in it would stand in a deleted one.
-            raise RunError(f"the output folder {self.output} is the current folder: name another one (-o)")
-        self.state = self.output.with_name(f"{self.output.name}.lissom-state")
+        self.state = _state_folder(self.output)
         self.told = emit
         self.began = time.perf_counter()
         self.resume = resume
-        facts.model_folder(recipe.model)  # a wrong path fails now, not after an hour
-        steps.check_texts(recipe)
-        self._claim(overwrite=overwrite)
+        self.ranks = ranks
+        with ranks.section("starting"):
+            if ranks.rank == 0:
+                facts.model_folder(recipe.model)  # a wrong path fails now, not after an hour
+                steps.check_texts(recipe)
+                self._claim(overwrite=overwrite)
         self.overwrite = overwrite or resume
-        self.session = Session(recipe, self.emit, state=self.state, resume=resume)
+        self.session = Session(recipe, self.emit, state=self.state, ranks=ranks)
 
     def run(self) -> RunResult:
         """All stages; a run that fails before its first finished block leaves nothing behind."""
+        if self.ranks.rank:
+            return self._help()
         try:
             return self._run()
         except BaseException:
@@ -221,10 +222,22 @@ class _Making:
                 shutil.rmtree(self.state)
             raise
 
+    def _help(self) -> RunResult:
+        """What every process but the first does: its part of the pruning, then wait until all is done."""
+        results = _run_steps(self.session)
+        self.session.release()
+        with self.ranks.section("saving"):
+            return RunResult(self.recipe, results, output=self.output)
+
     def _run(self) -> RunResult:
         self.emit({"event": "start", "recipe": self.recipe.to_dict()})
         before = self._before()
         results = _run_steps(self.session)
+        with self.ranks.section("saving"):
+            return RunResult(self.recipe, results, self._finish(before), self.output)
+
+    def _finish(self, before: dict[str, Any] | None) -> dict[str, Any]:
+        """What comes behind the steps; the report."""
         packing = self._pack()
         after = (
             steps.measure_perplexity(self.session, self.evaluation) if self.evaluation.perplexity else None
@@ -237,10 +250,12 @@ class _Making:
         report["seconds"] = time.perf_counter() - self.began
         report["verdict"] = judge(report)
         self._publish(report)
-        return RunResult(self.recipe, results, report, self.output)
+        return report
 
     def emit(self, event: Event) -> None:
-        """Log an event and pass it on."""
+        """Log an event and pass it on; the first process speaks for all."""
+        if self.ranks.rank:
+            return
         stamped = {"time": _now(), **event}
         with (self.state / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(stamped, ensure_ascii=False) + "\n")
@@ -248,6 +263,9 @@ class _Making:
 
     def _claim(self, *, overwrite: bool) -> None:
         """Take the output folder, or say why not, before any work."""
+        if self.output.resolve() == Path.cwd():
+            # The folder is replaced as a whole: the shell that stands in it would stand in a deleted one.
+            raise RunError(f"the output folder {self.output} is the current folder: name another one (-o)")
         if (
             self.output.exists()
             and self.recipe.model
@@ -270,8 +288,7 @@ class _Making:
                 f"{self.output} already holds a model: choose another folder (-o), or pass --overwrite"
             )
         if started.is_file():
-            found = json.loads(started.read_text(encoding="utf-8"))
-            if found["fingerprint"] != self.recipe.fingerprint():
+            if not is_interrupted(self.recipe):
                 raise RunError(
                     f"{self.state} is the state of another recipe: repeat the first call with --resume, "
                     "or start again with --overwrite"
@@ -424,9 +441,11 @@ class _Making:
 
 
 def _run_steps(session: Session) -> list[dict[str, Any]]:
+    helps = session.ranks is not None and session.ranks.rank > 0
     return [
         _timed(step.verb, functools.partial(steps.VERBS[step.verb], session, step.settings))
         for step in session.recipe.steps
+        if step.prune or not helps
     ]
 
 

@@ -16,17 +16,19 @@ from lissom.reporting import facts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lissom.pruning import Ranks
+
 Event = dict[str, Any]
 
 
 @dataclass
 class Session:
-    """A run under way: the recipe, the model once it is loaded, and whom to tell."""
+    """A run under way: the recipe, the model once it is loaded, whom to tell, and who helps."""
 
     recipe: Recipe
     emit: Callable[[Event], None]
     state: Path | None = None
-    resume: bool = False
+    ranks: Ranks | None = None
     prunes: list[dict[str, Any]] = field(default_factory=list)
     _model: PreTrainedModel | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
@@ -68,7 +70,7 @@ class Session:
 
 def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
     """Prune the session's model in place; finished blocks are kept in `session.state`."""
-    from lissom.pruning import prune_model
+    from lissom.pruning import Ranks, prune_model
 
     data = session.recipe.data
 
@@ -88,11 +90,15 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
         )
 
     windows: dict[str, Any] = data.model_dump(include={"samples", "seq_len", "seed"}) if data else {}
+    chosen: dict[str, Any] = {} if step.permute is None else {"permute": step.permute}
     state = session.state / f"prune-{len(session.prunes)}" if session.state else None
     report = prune_model(
         session.model,
         pattern=step.pattern,
         method=step.method,
+        options=step.options,
+        blend=step.blend,
+        reconstruct=step.reconstruction,
         data=_texts(data),
         tokenizer=session.tokenizer if data else None,
         include=step.include,
@@ -100,9 +106,12 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
         damp=step.damp,
         strict=step.strict,
         state_dir=state,
-        resume=session.resume and state is not None,
+        # A run that does not resume has an empty folder; its processes find what another has begun there.
+        resume=state is not None,
+        ranks=session.ranks or Ranks(),
         on_progress=tell,
         **windows,
+        **chosen,
     )
     result = report.to_dict()
     session.prunes.append(result)
@@ -267,6 +276,55 @@ VERBS: dict[str, Callable[[Session, Any], Any]] = {
     "inspect": inspect,
     "report": report,
 }
+
+
+def plan(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
+    """What a step would need, and touch; no weight is read.
+
+    Args:
+        recipe: whose step it is.
+        verb: of the step.
+        settings: of the step.
+
+    Returns:
+        `peak_bytes` and `estimated_seconds`; of a prune the rest of its `PrunePlan`.
+    """
+    if verb == "prune":
+        from lissom.pruning import plan_prune
+
+        data = recipe.data
+        planned = plan_prune(
+            facts.skeleton(recipe.model or "", dtype=recipe.dtype),
+            data=data and data.source,
+            pattern=settings.pattern,
+            method=settings.method,
+            options=settings.options,
+            damp=settings.damp,
+            blend=settings.blend,
+            reconstruct=settings.reconstruction,
+            include=settings.include,
+            exclude=settings.exclude,
+            strict=settings.strict,
+            **(data.model_dump(include={"samples", "seq_len"}) if data else {}),
+        )
+        return planned.to_dict()
+    if verb in ("eval", "generate") or (verb == "bench" and recipe.model):
+        net: Any = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
+        size = sum(p.numel() * p.element_size() for p in net.parameters())
+        count = sum(p.numel() for p in net.parameters())
+        dtype = next(net.parameters()).dtype
+        vocabulary = net.config.get_text_config().vocab_size
+        tokens, rows, runs = {
+            "eval": lambda: (settings.windows * settings.seq_len, settings.seq_len, 1),
+            "generate": lambda: (settings.max_new_tokens, 1, 1),
+            # Three variants, warmed up once; a decoded token costs about ten of a prompt.
+            "bench": lambda: (settings.prompt + 10 * settings.new_tokens, 1, 3 * (settings.rounds + 1)),
+        }[verb]()
+        return {
+            "peak_bytes": size * (3 if verb == "bench" else 1) + 8 * rows * vocabulary,
+            "estimated_seconds": runs * tokens * 2 * count / facts.matmul_rate(dtype),
+        }
+    return {"peak_bytes": 0, "estimated_seconds": 0.0}
 
 
 def check_texts(recipe: Recipe) -> None:

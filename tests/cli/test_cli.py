@@ -44,7 +44,8 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(command, tiny_model, few, 
     out = tmp_path / "out"
     plan = command("prune", tiny_model, "-o", out, *few, "--dry-run", "--json").json
     assert build_recipe(plan["recipe"]).to_dict() == plan["recipe"]
-    assert plan["recipe"]["steps"] == [{"prune": {"pattern": "2:4", "method": "sparsegpt", "strict": True}}]
+    usual = {"method": "alps", "refit": True, "blocksize": 128, "act_order": False, "strict": True}
+    assert plan["recipe"]["steps"] == [{"prune": {"pattern": "2:4", **usual}}]
     assert len(plan["steps"][0]["touched"]) == 28
     assert plan["peak_bytes"] > 3_900_000
     assert plan["estimated_seconds"] > 0
@@ -85,6 +86,69 @@ def test_prune_writes_model_recipe_report_and_log(command, tiny_model, few, vali
     assert command("inspect", out, "--json").json["packed"]
 
 
+def test_every_setting_reaches_the_library(command, tiny_model, few, tmp_path, monkeypatch):
+    from lissom import pruning
+
+    class Reached(Exception):
+        pass
+
+    def prune_model(model, **given):
+        asked.update(given)
+        raise Reached("far enough")
+
+    asked = {}
+    monkeypatch.setattr(pruning, "prune_model", prune_model)
+    flags = {
+        "--pattern": "1:4",
+        "--pattern-for": "re:.*=x.*=dense",
+        "--method": "mrp",
+        "--refit": "exact",
+        "--variant": "SM",
+        "--blend": 0.25,
+        "--damp": 0.2,
+        "--reconstruct": 2,
+        "--reconstruct-lr": 1e-3,
+    }
+    arguments = [part for pair in flags.items() for part in pair]
+    answer = command("prune", tiny_model, "-o", tmp_path / "out", *few, *arguments, "--permute")
+    assert "far enough" in answer.err
+    assert asked["pattern"] == {"re:.*=x.*": "dense", "re:.*": "1:4"}
+    assert asked["options"] == pruning.Options(refit="exact", variant="SM")
+    assert asked["reconstruct"] == pruning.Reconstruction(passes=2, learning_rate=1e-3)
+    assert (asked["method"], asked["blend"], asked["damp"]) == ("mrp", 0.25, 0.2)
+    assert asked["permute"] is True
+    asked.clear()
+    command("prune", tiny_model, "-o", tmp_path / "out", *few, "--refit", "off")
+    assert asked["options"] == pruning.Options(refit=False)
+    assert asked["reconstruct"] is None
+    assert "permute" not in asked
+
+
+def test_patterns_for_some_layers_and_trained_blocks_are_told(command, tiny_model, few, tmp_path):
+    out = tmp_path / "out"
+    some = [
+        "--pattern-for",
+        "re:.*self_attn.*=dense",
+        "--pattern-for",
+        "re:.*down_proj=1:4",
+        "--reconstruct",
+        1,
+    ]
+    answer = command("prune", tiny_model, "-o", out, *few, *some, "--no-speed")
+    assert answer.code == 0, answer.err
+    told = " ".join(answer.out.split())
+    assert "2:4 in 8 and 1:4 in 4 of 12 layers by ALPS with refit" in told
+    assert "4 blocks trained: relative error" in told
+    found = command("inspect", out, "--json").json
+    assert (
+        found["made_by"]["pattern"]
+        == '{"re:.*self_attn.*": "dense", "re:.*down_proj": "1:4", "re:.*": "2:4"}'
+    )
+    page = (out / "lissom-report.html").read_text(encoding="utf-8")
+    assert "All 4 blocks" in page
+    assert "4 blocks trained" in page
+
+
 def test_dense_format_says_that_nothing_is_gained(command, tiny_model, tmp_path):
     arguments = ["--method", "magnitude", "--pattern", "50%", "--format", "dense", "--threads", 1]
     answer = command("prune", tiny_model, "-o", tmp_path / "out", *arguments)
@@ -117,7 +181,18 @@ def test_recipe_of_looking_steps_needs_no_output(command, tiny_model, validation
         (["frobnicate"], 2, "No such command"),
         (["prune", "m", "-o", "x", "--samples", "0"], 2, "--samples"),
         (["prune", "m", "-o", "x", "--method", "magnitud"], 2, "method must be one of magnitude"),
-        (["prune", "m", "-o", "x", "--pattern", "4:2", "--method", "magnitude"], 2, "pattern must be like"),
+        (["prune", "m", "-o", "x", "--pattern", "4:2", "--method", "magnitude"], 2, "keeps n of m weights"),
+        (["prune", "m", "-o", "x", "--pattern-for", "2:4", "--method", "magnitude"], 2, "is NAME=PATTERN"),
+        (["prune", "m", "-o", "x", "--pattern-for", "re:(=2:4", "--method", "magnitude"], 2, "re:("),
+        (["prune", "m", "-o", "x", "--pattern-for", "q=50%", "--method", "magnitude"], 2, "got 'q': '50%'"),
+        (["prune", "m", "-o", "x", "--variant", "XY", "--method", "magnitude"], 2, "variant must be SS, SM"),
+        (["prune", "m", "-o", "x", "--refit", "perhaps"], 2, "--refit"),
+        (["prune", "m", "-o", "x", "--blend", "2", "--method", "magnitude"], 2, "blend"),
+        (
+            ["prune", "m", "-o", "x", "--reconstruct", "2", "--reconstruct-lr", "7"],
+            2,
+            "learning_rate must lie",
+        ),
         (["prune", "m", "-o", "x"], 2, "needs calibration text"),
         (["prune", "m", "-o", "x", "--data", "d", "--dtype", "int3"], 2, "dtype"),
         (["eval", "m"], 2, "nothing to evaluate"),

@@ -22,6 +22,27 @@ def test_a_recipe_is_the_same_after_writing_and_reading():
     assert build_recipe(recipe.to_dict()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("0.5", 0.5),
+        ("2:4+70%", "2:4+70%"),
+        ("2:4t", "2:4t"),
+        ("{'re:.*mlp.*': 2:4, lm_head: dense}", {"re:.*mlp.*": "2:4", "lm_head": "dense"}),
+        ("{a: 0.25, b: null, c: 2:4+50%}", {"a": "25%", "b": "dense", "c": "2:4"}),
+    ],
+)
+def test_patterns_and_maps_survive_writing(written, read):
+    recipe = parse_recipe(GOOD.replace("2:4", written).replace("{dir: out}", "{dir: out, format: dense}"))
+    assert recipe.steps[0].prune.pattern == read
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
+def test_a_map_of_what_fits_may_be_packed():
+    recipe = parse_recipe(GOOD.replace("2:4", "{a: 2:4+70%, b: 1:2, c: 2:4t, d: dense}"))
+    assert recipe.output.format == "packed"
+
+
 def test_unquoted_pattern_is_text_and_not_a_base_60_number():
     assert parse_recipe(GOOD).steps[0].prune.pattern == "2:4"
     assert parse_recipe("{model: m, steps: [generate: {prompt: 12:30, seed: 7}]}").steps[0].generate.seed == 7
@@ -38,10 +59,35 @@ def test_unquoted_pattern_is_text_and_not_a_base_60_number():
         ("dir: out", "dir: out, xyzzy: 1", "line 9: output has no key 'xyzzy'; it has dir, format"),
         ("samples: 8", "samples: 0", "line 2: data.samples: Input should be greater than or equal to 1"),
         ("wanda", "wonder", "line 4: steps[0].prune.method: method must be one of"),
-        ("2:4", "4:2", "line 4: steps[0].prune.pattern: pattern must be like '2:4'"),
-        ("2:4", "150%", "pattern must be like '2:4'"),
-        ("2:4", "50%", "output.format 'packed' needs pattern '2:4'"),
-        ("2:4", "4:8", "output.format 'packed' needs pattern '2:4'"),
+        (
+            "wanda",
+            "wanda, refit: maybe",
+            "line 4: steps[0].prune.refit: refit must be True, False or 'exact'",
+        ),
+        ("wanda", "wanda, scope: column", "line 4: steps[0].prune.scope: scope must be 'row'"),
+        (
+            "wanda",
+            "wanda, blend: 1.5",
+            "line 4: steps[0].prune.blend: Input should be less than or equal to 1",
+        ),
+        (
+            "wanda",
+            "wanda, reconstruct: {pases: 2}",
+            "line 4: steps[0].prune.reconstruct has no key 'pases'; did you mean 'passes'?",
+        ),
+        (
+            "wanda",
+            "wanda, reconstruct: {passes: 0}",
+            "prune.reconstruct.passes: reconstruct passes must be at",
+        ),
+        ("2:4", "4:2", "line 4: steps[0].prune.pattern: pattern '4:2': an n:m pattern keeps n of m"),
+        ("2:4", "150%", "the pruned share must be at least 0 and below 1"),
+        ("2:4", "[2, 4]", "line 4: steps[0].prune.pattern: pattern must be text such as '2:4' or '50%'"),
+        ("2:4", "{'re:(': 2:4}", "line 4: steps[0].prune.pattern: "),
+        ("2:4", "{q: 2:5x}", "prune.pattern: pattern map entry 'q': pattern '2:5x' is not understood"),
+        ("2:4", "50%", "output.format 'packed' holds at most two of every four weights"),
+        ("2:4", "4:8", "as pattern '2:4' leaves them, got '4:8'"),
+        ("2:4", "{a: dense, b: 2:4, c: 60%}", "as pattern '2:4' leaves them, got 'c': '60%'"),
         ("calib.jsonl", "hf:c4", "line 2: data.source: hub data set 'hf:c4' is not read"),
         ("output: {dir: out}", "", "output is missing"),
         ("model: some/model\n", "", "model is missing"),
@@ -77,5 +123,8 @@ def test_fingerprint_tells_what_decides_the_weights(tmp_path):
     recipe = parse_recipe(GOOD)
     assert parse_recipe(GOOD.replace("dir: out", "dir: there")).fingerprint() == recipe.fingerprint()
     assert parse_recipe(GOOD.replace("samples: 8", "samples: 9")).fingerprint() != recipe.fingerprint()
+    # The first entry that means a layer counts, so the order of a map decides.
+    maps = [parse_recipe(GOOD.replace("2:4", text)) for text in ("{a: 2:4, b: 1:4}", "{b: 1:4, a: 2:4}")]
+    assert maps[0].fingerprint() != maps[1].fingerprint()
     (tmp_path / "r.yaml").write_text(GOOD)
     assert read_recipe(tmp_path / "r.yaml") == recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -24,9 +25,15 @@ _LONGEST = 600
 _PIPED_WIDTH = 110
 
 
+def _rank() -> int:
+    """Number of this process among those that torchrun started."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() and os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
 @dataclass
 class Voice:
-    """What the user asked to hear."""
+    """What the user asked to hear; of several processes the first one speaks, the others only complain."""
 
     json: bool = False
     quiet: bool = False
@@ -36,12 +43,15 @@ class Voice:
     overwrite: bool = False
     out: Console = field(default_factory=lambda: _console(sys.stdout))
     err: Console = field(default_factory=lambda: _console(sys.stderr))
+    rank: int = field(default_factory=_rank)
     _progress: Progress | None = None
     _task: TaskID | None = None
 
     def event(self, event: dict[str, Any]) -> None:
         """Show one event of a run."""
         kind = event["event"]
+        if self.rank:
+            return
         if kind == "text":
             target = sys.stderr if self.json else sys.stdout
             target.write(event["text"] + ("\n" if event["end"] else ""))
@@ -110,14 +120,20 @@ class Voice:
 
     def _fail(self, message: str, kind: str, code: int) -> None:
         self._end_progress()
-        if self.json:
+        if self.json and self.rank == 0:
             print(json.dumps({"error": {"type": kind, "message": message}}))
-        self.err.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        # A wrong call is wrong for all; RankError says that another process failed, and that one says why.
+        if self.rank == 0 or kind not in ("RecipeError", "RankError"):
+            self._say(f"error: {message}", "bold red")
         raise typer.Exit(code)
 
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if self.verbose or (not self.quiet and issubclass(category, UserWarning)):
-            self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+            self._say(f"warning: {message}", "yellow")
+
+    def _say(self, text: str, style: str) -> None:
+        by = f"process {self.rank}: " if self.rank else ""
+        self.err.print(f"{by}{text}", style=style, markup=False, soft_wrap=True)
 
     def _hush(self) -> None:
         """Libraries' own bars and logs would drown the result."""
@@ -130,6 +146,8 @@ class Voice:
 
     def show(self, value: Any, view: Callable[[Console, Any], None]) -> None:
         """Print a result: JSON, or as `view` draws it."""
+        if self.rank:
+            return
         if self.json:
             print(json.dumps(value, ensure_ascii=False, indent=2))
         else:
@@ -150,6 +168,8 @@ def execute(voice: Voice, verb: str, values: dict[str, Any], view: Callable[[Con
             recipe = build_recipe(_without_none(values), name=f"lissom {verb}")
         except RecipeError as error:
             raise RecipeError(str(error).replace(f"steps[0].{verb}.", "")) from error
+        if voice.dry_run and voice.rank:
+            return
         if voice.dry_run:
             from lissom.cli.tables import plan_view
 

@@ -20,7 +20,14 @@ def prune(
     *,
     output: options.Output,
     pattern: options.Pattern = "2:4",
-    method: options.Method = "sparsegpt",
+    pattern_for: options.PatternFor = None,
+    method: options.Method = "alps",
+    refit: options.Refit = options.RefitChoice.on,
+    variant: options.Variant = None,
+    blend: options.Blend = None,
+    permute: options.Permute = None,
+    reconstruct: options.ReconstructPasses = 0,
+    reconstruct_lr: options.ReconstructRate = 5e-4,
     data: options.Data = None,
     field: options.Field = "text",
     samples: options.Samples = 64,
@@ -46,13 +53,15 @@ def prune(
 ) -> None:
     """Set weights to zero, save the model, and report size, speed and quality."""
     calibration = {"source": data, "field": field, "samples": samples, "seq_len": seq_len, "seed": seed}
+    training = {"passes": reconstruct, "learning_rate": reconstruct_lr}
+    which = {"include": include, "exclude": exclude, "strict": not lenient}
+    how = {"method": method, "variant": variant, "damp": damp, "blend": blend, "permute": permute}
     step = {
-        "pattern": pattern,
-        "method": method,
-        "damp": damp,
-        "include": include,
-        "exclude": exclude,
-        "strict": not lenient,
+        "pattern": options.patterns(pattern, pattern_for),
+        "refit": options.REFITS[refit],
+        "reconstruct": training if reconstruct else None,
+        **how,
+        **which,
     }
     values = {
         "model": model,

@@ -3,10 +3,26 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+class RefitChoice(str, Enum):
+    """What `--refit` takes."""
+
+    on = "on"
+    exact = "exact"
+    off = "off"
+
+
+REFITS: dict[RefitChoice, Any] = {
+    RefitChoice.on: True,
+    RefitChoice.exact: "exact",
+    RefitChoice.off: False,
+}
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, or a name in the local Hugging Face cache.")
@@ -41,9 +57,42 @@ Text = Annotated[
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Windows of the text that are scored.")]
 Task = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task, such as arc_easy. Repeatable.")]
 Pattern = Annotated[
-    str, typer.Option("--pattern", help="2:4 (2 of 4 kept), n:m, or a share to prune such as 50%.")
+    str,
+    typer.Option("--pattern", help="2:4 (2 of 4 kept), n:m, a share to prune such as 50%, 2:4+70%, 2:4t."),
 ]
-Method = Annotated[str, typer.Option("--method", help="magnitude, wanda or sparsegpt.")]
+PatternFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pattern-for",
+        metavar="NAME=PATTERN",
+        help="Of these modules (re:REGEX too), or =dense; the first that matches counts, --pattern is for the "
+        "rest. Repeatable.",
+    ),
+]
+Method = Annotated[str, typer.Option("--method", help="magnitude, wanda, sparsegpt, mrp or alps.")]
+Refit = Annotated[
+    RefitChoice,
+    typer.Option("--refit", help="Solve again for the kept weights: on, exact (slow), or off."),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Of mrp: mask, compensation, each S (single) or M (joint), as in MM."),
+]
+Blend = Annotated[
+    float | None,
+    typer.Option("--blend", help="Weight of the dense model's outputs in the targets, 0 to 1."),
+]
+Permute = Annotated[
+    bool | None,
+    typer.Option("--permute/--no-permute", help="Reorder channels first, so that n:m masks lose less."),
+]
+ReconstructPasses = Annotated[
+    int,
+    typer.Option("--reconstruct", min=0, metavar="PASSES", help="Train each pruned block; 0 does not."),
+]
+ReconstructRate = Annotated[
+    float, typer.Option("--reconstruct-lr", help="Learning rate of that training at its start.")
+]
 Damp = Annotated[
     float | None, typer.Option("--damp", help="Share of the mean diagonal added to the Gram matrix.")
 ]
@@ -53,3 +102,31 @@ Lenient = Annotated[
 Form = Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")]
+
+
+def patterns(usual: str, own: list[str] | None) -> str | dict[str, str]:
+    """The pattern of a recipe: one for all layers, or a map with those of `--pattern-for` before it.
+
+    Args:
+        usual: of all layers that have none of their own.
+        own: "NAME=PATTERN" for some.
+
+    Raises:
+        typer.BadParameter: one is not of this form, or a name is there twice.
+
+    Example:
+        >>> patterns("2:4", ["re:.*down_proj=dense"])
+        {'re:.*down_proj': 'dense', 're:.*': '2:4'}
+    """
+    if not own:
+        return usual
+    found: dict[str, str] = {}
+    for text in own:
+        name, _, pattern = text.rpartition("=")  # a regular expression may hold further ones
+        if not name or not pattern:
+            raise typer.BadParameter(f"--pattern-for is NAME=PATTERN, such as 're:.*mlp.*=2:4', got {text!r}")
+        if name in found:
+            raise typer.BadParameter(f"--pattern-for names {name!r} twice; keep one")
+        found[name] = pattern
+    found.setdefault("re:.*", usual)
+    return found

@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lissom.reporting.wording import byte_text, duration_text, ratio_text, thread_text
+from lissom.reporting.wording import (
+    byte_text,
+    duration_text,
+    prune_text,
+    ratio_text,
+    thread_text,
+    training_text,
+)
 
 _CONTENDERS = {
     "dense": "dense",
@@ -245,6 +252,8 @@ def report_view(console: Console, report: dict[str, Any]) -> None:
             ratio_text(after["perplexity"] / before["perplexity"]),
         )
     console.print(made)
+    for prune in report["prunes"]:
+        _prune_lines(console, prune)
     verdict = report["verdict"]
     console.print(verdict["headline"], style="bold", markup=False)
     for sign, texts in (("+", verdict["gains"]), ("-", verdict["costs"]), ("?", verdict["unknown"])):
@@ -253,6 +262,17 @@ def report_view(console: Console, report: dict[str, Any]) -> None:
     console.print(f"model   {report['output']['dir']}", markup=False, soft_wrap=True)
     if report["recipe"]["output"].get("report", True):
         console.print(f"report  {report['output']['dir']}/lissom-report.html", markup=False, soft_wrap=True)
+
+
+def _prune_lines(console: Console, prune: dict[str, Any]) -> None:
+    console.print(prune_text(prune), markup=False)
+    if prune["blend"]:
+        console.print(f"targets: {prune['blend']:.0%} the dense model's outputs", style="dim")
+    if prune.get("permute") is not None:
+        console.print("channels permuted" if prune["permute"] else "channels left in order", style="dim")
+    trained = training_text(prune)
+    if trained:
+        console.print(trained, style="dim", markup=False)
 
 
 def results_view(console: Console, results: Any) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Patterns = str | float | dict[str, str]  # of a recipe: one pattern, or one for each of some layers
 SETTINGS = ("LISSOM_CPU_ISA", "LISSOM_AUTOLOAD", "LISSOM_TORCH_DIR")
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "peft", "lm_eval", "openvino")
 
@@ -109,7 +110,7 @@ def skeleton(model: str | Path, *, dtype: str = "auto") -> nn.Module:
 def inventory(
     model: str | Path,
     *,
-    pattern: str = "2:4",
+    pattern: Patterns = "2:4",
     include: list[str] | None = None,
     exclude: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -160,30 +161,31 @@ def inventory(
 
 
 def _reach(
-    net: nn.Module, pattern: str, include: list[str] | None, exclude: list[str] | None
+    net: nn.Module, pattern: Patterns, include: list[str] | None, exclude: list[str] | None
 ) -> dict[str, Any]:
     """What a prune would touch, and its bytes before and after packing."""
     from lissom.models.walk import describe
-    from lissom.pruning import plan_prune
+    from lissom.pruning.selection import read_pattern, select_linears
 
-    plan = plan_prune(
-        net, pattern=pattern, method="magnitude", include=include, exclude=exclude, strict=False
-    )
-    parts = describe(net)
+    parts, wanted = describe(net), read_pattern(pattern)
+    selection = select_linears(parts, wanted, include=include, exclude=exclude, strict=False)
     element = next(net.parameters()).element_size()
-    shapes = {ref.name: ref.shape for ref in [*parts.linears(), *([parts.head] if parts.head else [])]}
+    fits = {ref.name: selection.pattern_of(ref.name).fits_quads for ref in selection.linears()}
     dense, packed = (
-        sum(linear_bytes(0, *shapes[name], element=element, sparse=sparse) for name in plan.touched)
-        for sparse in (False, True)
+        sum(
+            linear_bytes(0, *ref.shape, element=element, sparse=packs and fits[ref.name])
+            for ref in selection.linears()
+        )
+        for packs in (False, True)
     )
     return {
-        "pattern": plan.pattern,
-        "touched": plan.touched,
-        "left": plan.left,
-        "touched_parameters": plan.touched_parameters,
-        "touched_share": plan.touched_share,
+        "pattern": str(wanted),
+        "touched": list(fits),
+        "left": selection.left,
+        "touched_parameters": selection.touched_parameters,
+        "touched_share": selection.touched_parameters / sum(p.numel() for p in net.parameters()),
         "dense_bytes": dense,
-        "packed_bytes": packed if plan.pattern == "2:4" else None,
+        "packed_bytes": packed if any(fits.values()) else None,
     }
 
 

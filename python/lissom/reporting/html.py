@@ -11,10 +11,9 @@ from lissom.reporting import sections
 from lissom.reporting.files import write_text
 from lissom.reporting.markup import Markup, element
 from lissom.reporting.verdict import judge
-from lissom.reporting.wording import byte_text, duration_text, rate_text, ratio_text
+from lissom.reporting.wording import byte_text, duration_text, prune_text, rate_text, ratio_text
 
 Facts = dict[str, Any]
-_METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}
 
 
 def write_report(report: Facts, path: str | Path) -> Path:
@@ -63,6 +62,7 @@ def render_report(report: Facts) -> str:
         sections.size_section(report),
         sections.speed_section(report),
         sections.quality_section(report),
+        sections.pruning_section(report),
         sections.layers_section(report),
         sections.kernels_section(report),
         sections.details_section(report),
@@ -103,13 +103,7 @@ def _top(report: Facts, name: str) -> Markup:
 
 def _deed(report: Facts) -> str:
     """What was done, in one line."""
-    parts = []
-    for prune in report.get("prunes", []):
-        share = prune["touched_parameters"] / max(prune["total_parameters"], 1)
-        parts.append(
-            f"{prune['pattern']} by {_METHODS.get(prune['method'], prune['method'])}: "
-            f"{len(prune['layers'])} layers, {share:.0%} of the parameters"
-        )
+    parts = [prune_text(prune) for prune in report.get("prunes", [])]
     if report.get("output", {}).get("format"):
         parts.append(f"saved {report['output']['format']}")
     if report.get("seconds"):

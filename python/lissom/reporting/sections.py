@@ -12,7 +12,15 @@ from lissom.reporting.markup import Markup, element, figure, fold, pairs, sectio
 from lissom.reporting.roofline import byte_ratio, kernel_points
 from lissom.reporting.roofline_plot import roofline
 from lissom.reporting.verdict import quality_word
-from lissom.reporting.wording import byte_text, rate_text, ratio_text, thread_text
+from lissom.reporting.wording import (
+    byte_text,
+    duration_text,
+    method_text,
+    rate_text,
+    ratio_text,
+    thread_text,
+    training_text,
+)
 
 Facts = dict[str, Any]
 _TONES = {"dense": "dense", "onednn": "peer", "compiled": "peer", "packed": "packed"}
@@ -228,6 +236,32 @@ def _tasks(quality: Facts) -> Markup | None:
     return table(("task", "before", "after"), rows)
 
 
+def pruning_section(report: Facts) -> Markup | None:
+    """How the weights were chosen and solved for."""
+    prunes = report.get("prunes", [])
+    if not prunes:
+        return None
+    return section("Pruning", *[pairs(_settings(prune)) for prune in prunes])
+
+
+def _settings(prune: Facts) -> dict[str, Any]:
+    touched, whole = prune["touched_parameters"], max(prune["total_parameters"], 1)
+    patterns = sorted({layer["pattern"] for layer in prune["layers"]})
+    permuted = prune.get("permute")
+    return {
+        "pattern": ", ".join(patterns),
+        "method": method_text(prune),
+        "targets": f"{prune['blend']:.0%} the dense model's outputs, the rest the layer's own"
+        if prune.get("blend")
+        else None,
+        "channels permuted": None if permuted is None else "yes" if permuted else "no",
+        "weights touched": f"{touched:,} of {whole:,} ({touched / whole:.1%})",
+        "of these pruned": f"{prune['sparsity']:.1%}" if "sparsity" in prune else None,
+        "training": training_text(prune),
+        "time": duration_text(prune["seconds"]) if prune.get("seconds") else None,
+    }
+
+
 def layers_section(report: Facts) -> Markup | None:
     """Relative error of every pruned layer, a panel for each kind."""
     layers = [layer for prune in report.get("prunes", []) for layer in prune["layers"]]
@@ -331,6 +365,10 @@ def details_section(report: Facts) -> Markup:
                 table(("layer", "shape", "pattern", "zeros", "relative error", "seconds"), rows),
             )
         )
+    spent = [block for prune in report.get("prunes", []) for block in prune.get("blocks", [])]
+    if spent:
+        heads = ("block", "collect, s", "solve, s", "train, s", "advance, s", "error at first", "at last")
+        blocks.append(fold(f"All {len(spent)} blocks", table(heads, [_block_row(block) for block in spent])))
     if report.get("recipe"):
         import yaml
 
@@ -352,3 +390,8 @@ def details_section(report: Facts) -> Markup:
     if report.get("environment"):
         blocks.append(fold("Environment", pairs(report["environment"])))
     return section("Details", *blocks)
+
+
+def _block_row(block: Facts) -> list[str]:
+    times = [f"{block[f'{part}_seconds']:.2f}" for part in ("collect", "solve", "reconstruct", "advance")]
+    return [block["name"], *times, *[f"{loss:.5f}" for loss in block.get("losses") or ()]]
