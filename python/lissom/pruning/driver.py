@@ -15,6 +15,7 @@ from ..evaluation.data import Calibration, read_calibration
 from ..models.resident import Resident
 from ..models.stream import evaluating
 from ..models.walk import UnsupportedModelError, describe
+from .arrange import check_permutable, permute_channels
 from .parallel import Ranks
 from .report import BlockReport, LayerReport, PruneReport
 from .selection import Selection, read_pattern, select_linears
@@ -73,8 +74,12 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
     )
     _check(resident, selection)
     run = Run(settings, resident, parts, str(pattern), selection, _calibration(settings))
+    if settings.permute:
+        check_permutable(run)
     state = _open_state(run)
     with evaluating(resident.model), torch.no_grad():
+        if settings.permute:
+            permute_channels(run, state)
         layers, blocks = sweep(run, state)
     report = _conclude(run, layers, blocks, time.perf_counter() - began)
     resident.model.config.lissom = _provenance(report)
@@ -168,6 +173,7 @@ def _conclude(run: Run, layers: list[LayerReport], blocks: list[BlockReport], se
         pattern=run.pattern,
         refit=run.settings.options.refit if run.calibration else False,
         blend=run.settings.target_blend,
+        permuted=run.settings.permute,
         layers=layers,
         left=run.selection.left,
         blocks=blocks,
@@ -188,6 +194,7 @@ def _provenance(report: PruneReport) -> dict[str, Any]:
         "method": report.method,
         "refit": report.refit,
         "blend": report.blend,
+        "permuted": report.permuted,
         "sparsity": report.sparsity,
         "calibration": report.calibration,
         "layers": [layer.name for layer in report.layers],

@@ -94,6 +94,7 @@ class PruneReport:
         seconds: whole run.
         refit: how kept weights were solved for under the final mask; False when they were not.
         blend: weight of the dense model's outputs in every layer's target.
+        permuted: channels were put in another order first.
     """
 
     method: str
@@ -107,6 +108,7 @@ class PruneReport:
     seconds: float = 0.0
     refit: bool | str = False
     blend: float = 0.0
+    permuted: bool = False
 
     @property
     def touched_share(self) -> float:

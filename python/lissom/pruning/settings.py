@@ -38,6 +38,9 @@ class Settings:
             with fewer than 2 C tokens.
         blend: weight of the dense model's outputs in every layer's target, 0 to 1; the rest is the layer's own
             output on the inputs that the pruned model makes. None: 0.3 when weights are compensated.
+        permute: put channels in an order that suits an n:m pattern first, folded into the neighbouring weights:
+            the model computes the same, but its hidden states come out permuted and adapters of the dense model
+            no longer fit.
         reconstruct: train each block's kept weights a little after it is solved; None: not at all.
         batch: sequences per forward pass; None: as many as make about 4096 tokens.
         state_dir: folder that keeps finished blocks.
@@ -61,6 +64,7 @@ class Settings:
     strict: bool = True
     damp: float | None = None
     blend: float | None = None
+    permute: bool = False
     reconstruct: Reconstruction | None = None
     batch: int | None = None
     state_dir: str | PathLike[str] | None = None

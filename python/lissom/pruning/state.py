@@ -87,6 +87,23 @@ class PruneState:
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
         _write_atomically(self._path(block), save(tensors, metadata=metadata))
 
+    def load_orders(self) -> dict[str, torch.Tensor] | None:
+        """The orders of channels that the run began with, or None."""
+        from safetensors.torch import load_file
+
+        path = self.folder / "orders.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def save_orders(self, orders: Mapping[str, torch.Tensor]) -> None:
+        """Keep the orders of channels.
+
+        Args:
+            orders: int64 tensors by the name of the channels.
+        """
+        from safetensors.torch import save
+
+        _write_atomically(self.folder / "orders.safetensors", save(dict(orders)))
+
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
 

@@ -57,6 +57,7 @@ class Run:
             "method": settings.method,
             "damp": settings.damp,
             "blend": settings.target_blend,
+            "permute": settings.permute,
             **asdict(settings.options),
             "reconstruct": asdict(settings.reconstruct) if settings.reconstruct else None,
             "batch": settings.batch,
