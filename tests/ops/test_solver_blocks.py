@@ -250,11 +250,12 @@ def test_solve_names_the_rows_that_are_not_definite(tier, dtype):
     """Their neighbours in the registers come out as if they were alone."""
     h, b = hessian(30).to(dtype), randn(20, 30, dtype=dtype, seed=2)
     chosen = randn(20, 30, seed=3) > -1
-    h[20] = h[10]
-    h[:, 20] = h[:, 10]
-    h[20, 20] = h[10, 10] * 0.999  # with both, H[S, S] is indefinite
-    chosen[:, 20], chosen[:, 10] = True, False
-    chosen[[3, 17], 10] = True
+    for first, second in ((10, 20), (12, 24)):
+        h[second], h[:, second] = h[first], h[:, first]
+        h[second, second] = h[first, first] * 0.999  # with both, H[S, S] is indefinite
+        chosen[:, second], chosen[:, first] = True, False
+        chosen[3, first] = True
+    chosen[17, 10] = True
     x, info = solver.solver_masked_solve(h, b, chosen)
     assert info.nonzero()[:, 0].tolist() == [3, 17]
     assert info[3] == chosen[3, :21].sum()  # 1 + the place of column 20 in the set

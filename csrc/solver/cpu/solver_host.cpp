@@ -118,7 +118,7 @@ Tensor admm_step(const Tensor& x, const Tensor& u, const MaybeTensor& b, const T
   check_group(op, "C", x.size(-1), kept, group);
   const int64_t count = x.numel();
   std::atomic<int64_t> changed{0};
-  // Units end where groups and vectors end, so that no result depends on how units are dealt to threads.
+  // Units end where groups and vectors end.
   const int64_t step = group * kMostLanes;
   const int64_t unit = group > kRankedGroup ? group : step * std::max<int64_t>(1, kUnit / step);
   const int64_t scratch_entries = group > kRankedGroup ? 2 * group : 0;
