@@ -118,18 +118,23 @@ class OrderSearch:
         self._scores: dict[str, _Scores] = {}  # by the name of each linear that is still to come
         self._open: list[_Scores] = []
         self._orders: dict[str, torch.Tensor] = {}
+        indivisible = []
         for entry in channels:
             readers = [name for name in entry.readers if name in rows]
+            if not readers or self._kept == self._group:
+                continue
             if entry.size % self._group:
-                warnings.warn(
-                    f"{entry.name}: {entry.size} channels do not divide into groups of {self._group}; they keep "
-                    "their order",
-                    stacklevel=2,
-                )
-            elif readers and self._kept < self._group:
-                scores = _Scores(entry, set(readers), sum(rows[name] for name in readers))
-                self._open.append(scores)
-                self._scores |= dict.fromkeys(readers, scores)
+                indivisible.append(f"{entry.name} ({entry.size})")
+                continue
+            scores = _Scores(entry, set(readers), sum(rows[name] for name in readers))
+            self._open.append(scores)
+            self._scores |= dict.fromkeys(readers, scores)
+        if indivisible:
+            warnings.warn(
+                f"channels that do not divide into groups of {self._group} keep their order: "
+                + ", ".join(indivisible),
+                stacklevel=2,
+            )
 
     def add(self, linear: LinearRef, norms: torch.Tensor) -> None:
         """Take a linear into account; each once, in any order (in the same order for the same result).
