@@ -7,12 +7,11 @@ from itertools import combinations
 
 import torch
 
+from ..ops.solver import solver_masked_solve
 from .gram import inverse_factor
 from .pattern import Pattern, mark_tile
 from .problem import Problem, Solution
 from .sparsegpt import prune_by_sparsegpt
-
-_SCRATCH_ENTRIES = 1 << 25  # of one batch of small solves: 128 MiB in float32
 
 
 def prune_by_mrp(problem: Problem) -> Solution:
@@ -59,7 +58,7 @@ def prune_by_mrp(problem: Problem) -> Solution:
         pruned[:, block] = gone
         if variant[1] == "M":
             # The same step through U: inv(H[b:, b:])[P, :] = (U^T U)[P, :].
-            share = _joint_share(weight[:, block], gone, inverse)
+            share = solver_masked_solve(inverse, weight[:, block].contiguous(), gone)[0]
             weight[:, block.start :].addmm_(share @ diagonal.t(), factor[block, block.start :], alpha=-1)
         else:
             errors = _single_errors(weight[:, block], gone, diagonal)
@@ -109,33 +108,6 @@ def _least_joint_loss(
         choice = torch.where(better[:, :, None], row, choice)
     choice = choice.reshape(tile.shape)
     return choice if frozen is None else choice | frozen
-
-
-def _joint_share(tile: torch.Tensor, gone: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """c [R, B] with c_P = w_P inv(G_PP) in each row and 0 elsewhere.
-
-    Rows of a batch keep one size: where a weight stays, G_PP gets a row of the unit matrix and a right-hand
-    side of zero.
-    """
-    share = torch.empty_like(tile)
-    width = tile.shape[1]
-    eye = torch.eye(width, dtype=tile.dtype, device=tile.device)
-    counts = gone.sum(1)
-    widest = int(counts.max()) if len(tile) else 0
-    if widest == 0:
-        return torch.zeros_like(tile)
-    # Pruned columns first, in order; short rows are filled up with columns that stay.
-    order = gone.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :widest]
-    share.zero_()
-    for rows in torch.arange(len(tile), device=tile.device).split(max(1, _SCRATCH_ENTRIES // widest**2)):
-        index = order[rows]
-        real = gone[rows].gather(1, index)
-        system = inverse[index[:, :, None], index[:, None, :]]
-        system = torch.where(real[:, :, None] & real[:, None, :], system, eye[:widest, :widest])
-        right = (tile[rows].gather(1, index) * real)[:, :, None]
-        found = torch.cholesky_solve(right, torch.linalg.cholesky(system))[:, :, 0]
-        share[rows] = share[rows].scatter(1, index, found * real)
-    return share
 
 
 def _single_errors(tile: torch.Tensor, gone: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

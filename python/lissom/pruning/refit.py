@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops.solver import solver_pcg_step_
-
-_SCRATCH_ENTRIES = 1 << 25  # of one batch of exact solves: 128 MiB in float32
+from ..ops.solver import solver_masked_solve, solver_pcg_step_
 
 
 def refit(
@@ -70,28 +68,27 @@ def refit_exactly(target: torch.Tensor, hessian: torch.Tensor, pruned: torch.Ten
     Returns:
         Tensor [R, C], exact zeros where pruned. Costs R (C/2)^3 / 3 multiply-adds at half the weights kept.
 
+    Raises:
+        ValueError: H is not positive definite on the kept inputs of a row.
+
     Example:
         >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         >>> refit_exactly(torch.tensor([[1.0, 1.0]]), h, torch.tensor([[False, True]])).tolist()
         [[1.5, 0.0]]
     """
-    weight = torch.zeros_like(target)
+    kept = ~pruned
     wanted = target @ hessian
-    kept = (~pruned).sum(1)
-    # Rows with equally many kept weights make one rectangular batch.
-    for count in kept.unique().tolist():
-        if count == 0:
-            continue
-        rows = (kept == count).nonzero()[:, 0]
-        for part in rows.split(max(1, _SCRATCH_ENTRIES // count**2)):
-            index = (~pruned[part]).nonzero()[:, 1].view(len(part), count)
-            system = hessian[index[:, :, None], index[:, None, :]]
-            right = wanted[part].gather(1, index)[:, :, None]
-            factor = torch.linalg.cholesky(system)
-            found = torch.cholesky_solve(right, factor)
-            found += torch.cholesky_solve(right - system @ found, factor)
-            weight[part] = weight[part].scatter(1, index, found[:, :, 0])
-    return weight
+    weight = _solve(hessian, wanted, kept)
+    left = torch.addmm(wanted, weight, hessian, alpha=-1)
+    return weight.add_(_solve(hessian, left, kept))
+
+
+def _solve(hessian: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    found, info = solver_masked_solve(hessian, right, kept)
+    if info.any():
+        row = int(info.nonzero()[0])
+        raise ValueError(f"H is not positive definite on the kept inputs of row {row}; raise damp")
+    return found
 
 
 def stationarity(
