@@ -38,7 +38,7 @@ def pruning_permute(
     Source: Pool and Yu, Channel permutations for N:M sparsity, NeurIPS 2021.
 
     >>> pruning_permute(torch.tensor([[9, 9, 9, 9, 0, 1, 2, 3]], dtype=torch.uint8), 2, 4).tolist()
-    [2, 3, 6, 7, 0, 1, 4, 5]
+    [0, 1, 6, 7, 2, 3, 4, 5]
     """
     return _ops.pruning_permute(levels, kept, group, rounds, window)
 

@@ -39,7 +39,7 @@ def find_order(scores: torch.Tensor, pattern: str | Pattern) -> torch.Tensor:
 
     Example:
         >>> find_order(torch.tensor([[9.0, 9.0, 9.0, 9.0, 0.0, 1.0, 2.0, 3.0]]), "2:4").tolist()
-        [2, 3, 6, 7, 0, 1, 4, 5]
+        [0, 1, 6, 7, 2, 3, 4, 5]
     """
     kept, group = _groups(Pattern.parse(pattern))
     if scores.dim() != 2 or not scores.is_floating_point() or scores.shape[1] % group:
