@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of `torch.ops.lissom`, typed and documented."""
 
+from lissom.ops.pruning import pruning_permute
+from lissom.ops.solver import (
+    solver_admm_mask,
+    solver_admm_step_,
+    solver_masked_solve,
+    solver_pcg_step_,
+    solver_sparsegpt_block_,
+)
 from lissom.ops.sparse24 import (
     sparse24_check,
     sparse24_check_meta,
@@ -16,6 +24,12 @@ from lissom.ops.sparse24 import (
 )
 
 __all__ = [
+    "pruning_permute",
+    "solver_admm_mask",
+    "solver_admm_step_",
+    "solver_masked_solve",
+    "solver_pcg_step_",
+    "solver_sparsegpt_block_",
     "sparse24_check",
     "sparse24_check_meta",
     "sparse24_compress",
