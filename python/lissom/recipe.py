@@ -9,22 +9,27 @@ import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
-if TYPE_CHECKING:
-    from lissom.pruning import Options, Reconstruction
+from lissom.recipe_parts import (
+    AllocateSpec,
+    DataSpec,
+    EvalStep,
+    Evaluation,
+    GenerateStep,
+    GenerationBench,
+    InfoStep,
+    InspectStep,
+    PruneStep,
+    ReconstructSpec,
+    ReportStep,
+    Sparse24Bench,
+    Strict,
+    TuneBench,
+)
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -33,204 +38,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run as it is written; the message names the place and what to write instead."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSpec(_Strict):
-    """Calibration text: `samples` windows of `seq_len` tokens drawn with `seed` from a file."""
-
-    source: str
-    field: str = "text"
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=1024, ge=2)
-    seed: int = Field(default=0, ge=0)
-
-    @field_validator("source")
-    @classmethod
-    def _is_local(cls, source: str) -> str:
-        if source.startswith("hf:"):
-            raise ValueError(
-                f"hub data set {source!r} is not read, lissom never opens the network: "
-                "download it and name a .txt or .jsonl file"
-            )
-        return source
-
-
-def _read_pattern(value: Any) -> str | float | dict[str, str]:
-    """One pattern as it was written, or the text of each entry of a map."""
-    from lissom.pruning.selection import PatternMap, read_pattern
-
-    try:
-        found = read_pattern(value)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    if isinstance(found, PatternMap):
-        return found.to_dict()
-    return value if isinstance(value, float) else str(value).strip()
-
-
-PatternSpec = Annotated[str | float | dict[str, str], BeforeValidator(_read_pattern)]
-
-
-class ReconstructSpec(_Strict):
-    """Train each block's kept weights a little after it is solved: `lissom.pruning.Reconstruction`."""
-
-    passes: int = 4
-    learning_rate: float = 5e-4
-    sequences: int = 1
-
-    @field_validator("*")
-    @classmethod
-    def _is_setting(cls, value: Any, info: ValidationInfo) -> Any:
-        from lissom.pruning import Reconstruction
-
-        Reconstruction(**{str(info.field_name): value})
-        return value
-
-
-class PruneStep(_Strict):
-    """Set weights to zero, block by block: `lissom.pruning.prune_model`."""
-
-    pattern: PatternSpec = "2:4"
-    method: str = "alps"
-    refit: bool | str = True
-    variant: str | None = None
-    blocksize: int = 128
-    scope: str | None = None
-    act_order: bool = False
-    damp: float | None = Field(default=None, gt=0, le=1)
-    blend: float | None = Field(default=None, ge=0, le=1)
-    permute: bool | None = None
-    reconstruct: ReconstructSpec | None = None
-    include: list[str] | None = None
-    exclude: list[str] | None = None
-    strict: bool = True
-
-    @field_validator("method")
-    @classmethod
-    def _is_method(cls, method: str) -> str:
-        from lissom.pruning.solver import find_method
-
-        find_method(method)
-        return method
-
-    @field_validator("refit", "variant", "blocksize", "scope", "act_order")
-    @classmethod
-    def _is_option(cls, value: Any, info: ValidationInfo) -> Any:
-        from lissom.pruning import Options
-
-        Options(**{str(info.field_name): value})
-        return value
-
-    @property
-    def options(self) -> Options:
-        """What `prune_model` takes as `options`."""
-        from lissom.pruning import Options
-
-        return Options(
-            refit=self.refit,
-            variant=self.variant,
-            blocksize=self.blocksize,
-            scope=self.scope,
-            act_order=self.act_order,
-        )
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """What it takes as `reconstruct`."""
-        from lissom.pruning import Reconstruction
-
-        return Reconstruction(**self.reconstruct.model_dump()) if self.reconstruct else None
-
-    def unpackable(self) -> str | None:
-        """The pattern, or entry of the map, that the packed form cannot hold; None when all fit or stay dense."""
-        from lissom.pruning.selection import PatternMap, read_pattern
-
-        found = read_pattern(self.pattern)
-        entries = found if isinstance(found, PatternMap) else {"": found}
-        for key, pattern in entries.items():
-            if pattern is not None and not pattern.fits_quads:
-                return f"{key!r}: {str(pattern)!r}" if key else repr(self.pattern)
-        return None
-
-
-class EvalStep(_Strict):
-    """Perplexity of a text and, with lm-eval installed, benchmark tasks."""
-
-    perplexity: str | None = None
-    windows: int = Field(default=8, ge=1)
-    seq_len: int = Field(default=1024, ge=2)
-    stride: int | None = Field(default=None, ge=1)
-    tasks: list[str] = []
-    limit: int | None = Field(default=None, ge=1)
-
-
-class Evaluation(EvalStep):
-    """What is measured before and after the steps."""
-
-    speed: bool = True
-    kernels: bool = True
-
-
-class GenerateStep(_Strict):
-    """Continue a prompt."""
-
-    prompt: str
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0)
-    chat: bool = False
-
-
-class Sparse24Bench(_Strict):
-    """Time the 2:4 linear against the strongest dense kernels."""
-
-    kind: Literal["sparse24"] = "sparse24"
-    quick: bool = False
-    dtypes: list[Literal["float32", "bfloat16", "float16"]] = ["bfloat16", "float32"]
-    rows: list[int] | None = None
-    isa: Literal["avx2", "avx512", "avx512x"] | None = None
-
-
-class TuneBench(_Strict):
-    """Time both kernels of the 2:4 linear by rows of x: the line that an unknown CPU needs in the table."""
-
-    kind: Literal["tune"]
-
-
-class GenerationBench(_Strict):
-    """Time a whole model, dense against packed: prefill and decode."""
-
-    kind: Literal["generation"] = "generation"
-    packed: str | None = None
-    shape: str | None = None
-    prompt: int = Field(default=512, ge=1)
-    new_tokens: int = Field(default=16, ge=2)
-    rounds: int = Field(default=5, ge=1)
-    compiled: bool = False
-    memory: bool = False
-
-
-class InfoStep(_Strict):
-    """Versions, CPU, kernels in use."""
-
-
-class InspectStep(_Strict):
-    """Blocks, linears, and what pruning could touch."""
-
-    pattern: PatternSpec = "2:4"
-    include: list[str] | None = None
-    exclude: list[str] | None = None
-
-
-class ReportStep(_Strict):
-    """Write lissom-report.html again from a folder's lissom-report.json."""
-
-    source: str
-
-
-class Step(_Strict):
+class Step(Strict):
     """One step: exactly one of the verbs, with its settings."""
 
     prune: PruneStep | None = None
@@ -256,12 +64,12 @@ class Step(_Strict):
         return next(iter(self.model_fields_set), "prune")
 
     @property
-    def settings(self) -> _Strict:
+    def settings(self) -> Strict:
         """Settings of that verb."""
         return getattr(self, self.verb)
 
 
-class Output(_Strict):
+class Output(Strict):
     """Where the model, the report and the log go."""
 
     dir: str
@@ -270,14 +78,14 @@ class Output(_Strict):
     report: bool = True
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that decides a run's result."""
 
     model: str | None = None
     dtype: DTypeName = "auto"
     threads: int | None = Field(default=None, ge=1)
     data: DataSpec | None = None
-    steps: list[Step] = []
+    steps: list[Step] = Field(default=[])
     evaluate: Evaluation | None = None
     output: Output | None = None
 
@@ -298,10 +106,10 @@ class Recipe(_Strict):
                     f"got {misfit}: prune to 2:4, or write 'dense' (--format dense), which gains neither size nor speed"
                 )
         for step in self.steps:
-            if step.prune and step.prune.method != "magnitude" and self.data is None:
+            reader = step.prune and step.prune.data_reader
+            if reader and self.data is None:
                 raise ValueError(
-                    f"data is missing: method {step.prune.method!r} needs calibration text, "
-                    "'data: {source: FILE}' (--data FILE)"
+                    f"data is missing: {reader} needs calibration text, 'data: {{source: FILE}}' (--data FILE)"
                 )
         return self
 
@@ -444,8 +252,9 @@ def _keys_at(loc: tuple, values: Any) -> list[str]:
     return list(model.model_fields)
 
 
-_SETTINGS: dict[str, type[_Strict]] = {
+_SETTINGS: dict[str, type[Strict]] = {
     "prune": PruneStep,
+    "allocate": AllocateSpec,
     "reconstruct": ReconstructSpec,
     "eval": EvalStep,
     "generate": GenerateStep,
@@ -453,12 +262,12 @@ _SETTINGS: dict[str, type[_Strict]] = {
     "inspect": InspectStep,
     "report": ReportStep,
 }
-_BENCHES: dict[str, type[_Strict]] = {
+_BENCHES: dict[str, type[Strict]] = {
     "sparse24": Sparse24Bench,
     "tune": TuneBench,
     "generation": GenerationBench,
 }
-_SECTIONS: dict[str, type[_Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
+_SECTIONS: dict[str, type[Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
 
 
 def _line_of(node: yaml.Node | None, loc: tuple) -> int | None:

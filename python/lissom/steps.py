@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lissom import recipe as recipes
 from lissom.recipe import Recipe
 from lissom.reporting import facts
+from lissom.reporting.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,33 +91,61 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
             }
         )
 
-    windows: dict[str, Any] = data.model_dump(include={"samples", "seq_len", "seed"}) if data else {}
-    chosen: dict[str, Any] = {} if step.permute is None else {"permute": step.permute}
     state = session.state / f"prune-{len(session.prunes)}" if session.state else None
+    ranks = session.ranks or Ranks()
+    settings = _settings(session.recipe, step)
+    if step.allocate:
+        settings["pattern"] = _allocate(session, step, ranks, state)
     report = prune_model(
         session.model,
-        pattern=step.pattern,
-        method=step.method,
-        options=step.options,
-        blend=step.blend,
-        reconstruct=step.reconstruction,
+        **settings,
         data=_texts(data),
         tokenizer=session.tokenizer if data else None,
-        include=step.include,
-        exclude=step.exclude,
-        damp=step.damp,
-        strict=step.strict,
         state_dir=state,
         # A run that does not resume has an empty folder; its processes find what another has begun there.
         resume=state is not None,
-        ranks=session.ranks or Ranks(),
+        ranks=ranks,
         on_progress=tell,
-        **windows,
-        **chosen,
     )
     result = report.to_dict()
     session.prunes.append(result)
     return result
+
+
+def _settings(recipe: Recipe, step: recipes.PruneStep) -> dict[str, Any]:
+    """Fields of `lissom.pruning.Settings` that a recipe decides."""
+    given = step.model_dump(include={"pattern", "method", "damp", "blend", "include", "exclude", "strict"})
+    if step.permute is not None:
+        given["permute"] = step.permute
+    if recipe.data is not None:
+        given |= recipe.data.model_dump(include={"samples", "seq_len", "seed"})
+    return {**given, "options": step.options, "reconstruct": step.reconstruction}
+
+
+def _allocate(session: Session, step: recipes.PruneStep, ranks: Ranks, state: Path | None) -> dict[str, str]:
+    """The pattern of each layer, as the first process finds it or an interrupted run has found it."""
+    from lissom.pruning.allocate_model import allocate_model
+
+    assert step.allocate is not None
+    kept = state / "patterns.json" if state else None
+    found: dict[str, str] = {}
+    with ranks.section("choosing patterns"):
+        if ranks.rank == 0 and kept is not None and kept.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+        elif ranks.rank == 0:
+            session.emit({"event": "stage", "text": "choosing the pattern of each layer"})
+            settings = _settings(session.recipe, step)
+            found = allocate_model(
+                session.model,
+                step.allocate.allocation,
+                data=_texts(session.recipe.data),
+                tokenizer=session.tokenizer,
+                **{name: settings[name] for name in ("samples", "seq_len", "seed", "include", "exclude")},
+            ).to_dict()
+            if kept is not None:
+                write_json(kept, found)
+    chosen: dict[str, str] = ranks.gather_objects(found)[0]
+    return chosen
 
 
 def evaluate(session: Session, step: recipes.EvalStep) -> dict[str, Any]:
@@ -253,8 +283,6 @@ def inspect(session: Session, step: recipes.InspectStep) -> dict[str, Any]:
 
 def report(session: Session, step: recipes.ReportStep) -> dict[str, Any]:
     """Render a folder's lissom-report.json again."""
-    import json
-
     from lissom.reporting import write_report
 
     source = Path(step.source)
@@ -292,22 +320,22 @@ def plan(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
     if verb == "prune":
         from lissom.pruning import plan_prune
 
-        data = recipe.data
-        planned = plan_prune(
-            facts.skeleton(recipe.model or "", dtype=recipe.dtype),
-            data=data and data.source,
-            pattern=settings.pattern,
-            method=settings.method,
-            options=settings.options,
-            damp=settings.damp,
-            blend=settings.blend,
-            reconstruct=settings.reconstruction,
-            include=settings.include,
-            exclude=settings.exclude,
-            strict=settings.strict,
-            **(data.model_dump(include={"samples", "seq_len"}) if data else {}),
-        )
-        return planned.to_dict()
+        skeleton = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
+        given = {**_settings(recipe, settings), "data": recipe.data.source if recipe.data else None}
+        if not settings.allocate:
+            return plan_prune(skeleton, **given).to_dict()
+        # What will be chosen is not known: at most every layer that can be pruned, with the first pattern.
+        tried = [option for option in settings.allocate.patterns if option != "dense"]
+        planned = plan_prune(skeleton, **given | {"pattern": tried[0], "strict": False})
+        measuring = {
+            "pattern": tried[0],
+            "method": "wanda",
+            "blend": 0.0,
+            "reconstruct": None,
+            "strict": False,
+        }
+        trial = plan_prune(skeleton, **given | measuring).estimated_seconds
+        return {**planned.to_dict(), "estimated_seconds": planned.estimated_seconds + len(tried) * trial}
     if verb in ("eval", "generate") or (verb == "bench" and recipe.model):
         net: Any = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
         size = sum(p.numel() * p.element_size() for p in net.parameters())

@@ -38,6 +38,15 @@ def test_patterns_and_maps_survive_writing(written, read):
     assert parse_recipe(recipe.to_yaml()) == recipe
 
 
+def test_a_recipe_that_allocates_is_the_same_after_writing_and_reading():
+    recipe = parse_recipe(
+        GOOD.replace("pattern: 2:4", "allocate: {budget_bytes: 5e6, options: [dense, 2:4, 1:4]}")
+    )
+    assert recipe.steps[0].prune.pattern is None
+    assert recipe.steps[0].prune.allocate.allocation.budget_bytes == 5e6
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
 def test_a_map_of_what_fits_may_be_packed():
     recipe = parse_recipe(GOOD.replace("2:4", "{a: 2:4+70%, b: 1:2, c: 2:4t, d: dense}"))
     assert recipe.output.format == "packed"
@@ -88,6 +97,15 @@ def test_unquoted_pattern_is_text_and_not_a_base_60_number():
         ("2:4", "50%", "output.format 'packed' holds at most two of every four weights"),
         ("2:4", "4:8", "as pattern '2:4' leaves them, got '4:8'"),
         ("2:4", "{a: dense, b: 2:4, c: 60%}", "as pattern '2:4' leaves them, got 'c': '60%'"),
+        (
+            "pattern: 2:4",
+            "allocate: {}",
+            "prune.allocate: allocate needs one of share, budget_bytes, budget_sec",
+        ),
+        ("pattern: 2:4", "allocate: {shar: 1}", "prune.allocate has no key 'shar'; did you mean 'share'?"),
+        ("2:4", "2:4, allocate: {share: 0.8}", "line 4: steps[0].prune: 'allocate' chooses the pattern"),
+        ("pattern: 2:4", "allocate: {share: 0.5, options: [dense, 4:8]}", "leaves them, got '4:8'"),
+        ("pattern: 2:4", "allocate: {share: 0.375, method: owl}", "leaves them, got '62.5%'"),
         ("calib.jsonl", "hf:c4", "line 2: data.source: hub data set 'hf:c4' is not read"),
         ("output: {dir: out}", "", "output is missing"),
         ("model: some/model\n", "", "model is missing"),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lissom.recipe import build_recipe
-from lissom.run import RunError, compress, run_recipe
+from lissom.run import RunError, compress, plan_recipe, run_recipe
 
 KILLED = """
 import os, signal, sys, yaml
@@ -90,6 +90,31 @@ def test_resume_refuses_another_recipe(values, tmp_path):
         run_recipe(other, resume=True)
     run_recipe(other, overwrite=True)
     assert (tmp_path / "out/config.json").is_file()
+
+
+def test_allocated_patterns_are_kept(values, tmp_path, monkeypatch):
+    from lissom.pruning import allocate_model
+
+    class StopHere(Exception):
+        pass
+
+    def stop(event):
+        if event.get("done") == 1:
+            raise StopHere
+
+    prune = {"allocate": {"share": 0.75}, "method": "wanda", "refit": False}
+    recipe = build_recipe({**values, "steps": [{"prune": prune}]})
+    plan = plan_recipe(recipe)["steps"][0]
+    assert len(plan["touched"]) == 28
+    with pytest.raises(StopHere):
+        run_recipe(recipe, on_event=stop)
+    # A second choice might differ, for seconds are measured; it would also fail here.
+    monkeypatch.setattr(allocate_model, "allocate_model", None)
+    result = run_recipe(recipe, resume=True)
+    prune = result.report["prunes"][0]
+    assert {layer["pattern"] for layer in prune["layers"]} == {"2:4"}
+    # Three quarters stay when half of the weights go 2:4.
+    assert 0.5 <= prune["touched_parameters"] / plan["touched_parameters"] <= 0.51
 
 
 def test_a_run_that_fails_before_its_first_block_leaves_nothing(values, tmp_path):

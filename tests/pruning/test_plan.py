@@ -16,7 +16,7 @@ MAP = {"re:.*down_proj": "dense", "re:.*mlp.*": "2:4", "re:.*_proj": "60%"}
 @pytest.fixture(autouse=True)
 def same_machine(monkeypatch):
     """Rates of one imagined machine, so that plans can be compared."""
-    rates = plan._Rates(model=1e11, solve=1e11, gram=1e11, byte=1e-10, itemsize=4)
+    rates = plan._Rates(model=1e11, solve=1e11, gram=1e11, byte=1e-10, itemsize=4, threads=1)
     monkeypatch.setattr(plan._Rates, "measure", lambda dtype: rates)
 
 
@@ -51,6 +51,7 @@ def test_without_data_nothing_is_computed(model):
         ({"method": "sparsegpt", "options": Options(refit=False)}, {"method": "sparsegpt"}),
         ({"method": "wanda"}, {"method": "alps"}),
         ({"blend": 0.0}, {"blend": 0.3}),
+        ({}, {"permute": True}),
         ({}, {"reconstruct": Reconstruction(passes=1)}),
         ({"reconstruct": Reconstruction(passes=1)}, {"reconstruct": Reconstruction(passes=3)}),
         ({"damp": 0.01, "samples": 1}, {"samples": 1}),
@@ -92,7 +93,7 @@ def test_solve_is_charged_for_the_products_that_it_does(model, monkeypatch, meth
     """Factorisations count nothing here: the flop counter does not know them (nor products in place)."""
     monkeypatch.setattr(plan, "_EIGEN", 0)
     monkeypatch.setattr(plan, "_CHOLESKY", 0)
-    unit = plan._Rates(model=1.0, solve=1.0, gram=1.0, byte=0.0, itemsize=4)
+    unit = plan._Rates(model=1.0, solve=1.0, gram=1.0, byte=0.0, itemsize=4, threads=1)
     settings = plan.Settings(data="", method=method, damp=0.01, blend=0.0, options=Options(refit=False))
     job = plan._Job(settings, None, None, 1)
     charged = plan._solve_seconds(job, unit, rows, columns)

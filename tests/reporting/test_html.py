@@ -57,6 +57,34 @@ def test_page_has_every_section(report):
     assert len(page.ids) == len(set(page.ids))
 
 
+def test_how_a_model_was_pruned_is_told(report):
+    prune = report["prunes"][0]
+    spent = {f"{part}_seconds": 1.0 for part in ("collect", "solve", "reconstruct", "advance")}
+    prune |= {
+        "method": "alps",
+        "refit": "exact",
+        "blend": 0.3,
+        "permuted": True,
+        "sparsity": 0.5,
+        "seconds": 100.0,
+    }
+    prune["blocks"] = [{"name": f"b{n}", **spent, "losses": [0.2, 0.1 * n]} for n in range(2)]
+    prune["layers"][0]["pattern"] = "dense enough"
+    text = " ".join(Outline(render_report(report)).words)
+    assert (
+        "2:4 in 209 and dense enough in 1 of 210 layers by ALPS with exact refit, 79% of the parameters"
+        in text
+    )
+    assert "30% the dense model's outputs" in text
+    assert "channels permuted yes" in text
+    assert "106,168,320 of 134,515,008 (78.9%)" in text
+    assert "0.2000 in the first pass, 0.0500 in the last" in text
+    assert "All 2 blocks" in text
+    prune["blocks"][1]["losses"] = None  # the output layer
+    text = " ".join(Outline(render_report(report)).words)
+    assert "1 block trained" in text
+
+
 def test_every_drawing_says_what_it_shows(report):
     page = render_report(report)
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)

@@ -268,8 +268,8 @@ def _prune_lines(console: Console, prune: dict[str, Any]) -> None:
     console.print(prune_text(prune), markup=False)
     if prune["blend"]:
         console.print(f"targets: {prune['blend']:.0%} the dense model's outputs", style="dim")
-    if prune.get("permute") is not None:
-        console.print("channels permuted" if prune["permute"] else "channels left in order", style="dim")
+    if prune["permuted"]:
+        console.print("channels were put in an order that suits the pattern", style="dim")
     trained = training_text(prune)
     if trained:
         console.print(trained, style="dim", markup=False)

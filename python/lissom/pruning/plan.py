@@ -13,6 +13,7 @@ from torch import nn
 
 from ..models.stream import BATCH_TOKENS
 from ..models.walk import Block, LinearRef, ModelMap, describe
+from .permute import WINDOW
 from .reconstruct import Reconstruction
 from .report import PrunePlan
 from .selection import Selection, read_pattern, select_linears
@@ -23,7 +24,11 @@ _PROCESS_BYTES = 380 << 20  # Python, torch and transformers before the first we
 _BYTE_SECONDS = 1.25e-10  # of one thread in an elementwise operation on large tensors; measured
 # Operations of the LAPACK routines as if they ran at the speed of a product of matrices; measured.
 _EIGEN, _CHOLESKY = 14, 2
-_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 48, 30, 6
+_ORDER_SECONDS = (
+    1e-10  # of one thread, to compare two columns in one row when channels are put in order; measured
+)
+_ORDER_TOKENS = 8192
+_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 48, 15, 6
 
 
 def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
@@ -142,13 +147,14 @@ class _Rates:
     gram: float
     byte: float
     itemsize: int
+    threads: int
 
     @classmethod
     def measure(cls, dtype: torch.dtype) -> _Rates:
-        model, solve = _matmul_rate(dtype), _matmul_rate(torch.float32)
+        model, solve, threads = _matmul_rate(dtype), _matmul_rate(torch.float32), torch.get_num_threads()
         # Sums of products of bfloat16 inputs in float32 run at a good fifth of the model's own products.
         gram = max(solve, 0.22 * model) if dtype == torch.bfloat16 else solve
-        return cls(model, solve, gram, _BYTE_SECONDS / torch.get_num_threads(), dtype.itemsize)
+        return cls(model, solve, gram, _BYTE_SECONDS / threads, dtype.itemsize, threads)
 
 
 def _routed(model: Any) -> int:
@@ -212,7 +218,19 @@ def _seconds(job: _Job, rates: _Rates) -> float:
     for step in job.selection.steps:
         for group in step.groups().values():
             seconds += job.tokens * job.load(group[0]) * _statistics_seconds(job, group[0].shape[1], rates)
+    if job.settings.permute:
+        seconds += _order_seconds(job, rates)
     return seconds + sum(_solve_seconds(job, rates, *shape) for shape in job.problems())
+
+
+def _order_seconds(job: _Job, rates: _Rates) -> float:
+    """Of the search for an order of the channels: a pass of some tokens, scores of all weights, exchanges."""
+    tokens = min(job.tokens, _ORDER_TOKENS)
+    seconds = tokens * sum(_forward_seconds(job, block, rates) for block in job.parts.blocks)
+    for rows, columns in job.problems():
+        comparisons = rows * columns * min(columns, WINDOW)
+        seconds += comparisons * _ORDER_SECONDS / rates.threads + 160 * rows * columns * rates.byte
+    return seconds
 
 
 def _forward_seconds(job: _Job, block: Block, rates: _Rates) -> float:
@@ -254,7 +272,7 @@ def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int) -> float:
         seconds += rows * columns * (width**2 / 4 * 0.15e-9 if joint else width / 2 * 0.2e-9)
     if job.few_tokens(columns):
         # Five dampings, each fitted to either half of the tokens.
-        seconds += 10 * (_REFIT_ITERATIONS * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
+        seconds += 10 * (2 * _REFIT_ITERATIONS * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
     if options.refit == "exact":
         work += rows * (columns / 2) ** 3 / 3 / 0.2
     elif options.refit:

@@ -247,14 +247,13 @@ def pruning_section(report: Facts) -> Markup | None:
 def _settings(prune: Facts) -> dict[str, Any]:
     touched, whole = prune["touched_parameters"], max(prune["total_parameters"], 1)
     patterns = sorted({layer["pattern"] for layer in prune["layers"]})
-    permuted = prune.get("permute")
     return {
         "pattern": ", ".join(patterns),
         "method": method_text(prune),
         "targets": f"{prune['blend']:.0%} the dense model's outputs, the rest the layer's own"
         if prune.get("blend")
         else None,
-        "channels permuted": None if permuted is None else "yes" if permuted else "no",
+        "channels permuted": prune.get("permuted"),
         "weights touched": f"{touched:,} of {whole:,} ({touched / whole:.1%})",
         "of these pruned": f"{prune['sparsity']:.1%}" if "sparsity" in prune else None,
         "training": training_text(prune),

@@ -117,6 +117,6 @@ def training_text(prune: dict[str, Any]) -> str | None:
         return None
     first, last = (sum(values) / len(losses) for values in zip(*losses, strict=True))
     return (
-        f"{len(losses)} blocks trained: relative error of a block's output {first:.4f} in the first pass, "
+        f"{len(losses)} {'block' if len(losses) == 1 else 'blocks'} trained: relative error of a block's output {first:.4f} in the first pass, "
         f"{last:.4f} in the last"
     )
