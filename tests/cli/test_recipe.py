@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
 import pytest
 
 from lissom.recipe import RecipeError, build_recipe, parse_recipe, read_recipe
@@ -44,6 +47,16 @@ def test_a_recipe_that_allocates_is_the_same_after_writing_and_reading():
     )
     assert recipe.steps[0].prune.pattern is None
     assert recipe.steps[0].prune.allocate.allocation.budget_bytes == 5e6
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_examples_of_the_docs_are_recipes(number):
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    recipe = parse_recipe(
+        re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)[number]
+    )
+    assert recipe.steps[0].prune
     assert parse_recipe(recipe.to_yaml()) == recipe
 
 

@@ -116,7 +116,8 @@ def training_text(prune: dict[str, Any]) -> str | None:
     if not losses:
         return None
     first, last = (sum(values) / len(losses) for values in zip(*losses, strict=True))
+    blocks = "1 block" if len(losses) == 1 else f"{len(losses)} blocks"
     return (
-        f"{len(losses)} {'block' if len(losses) == 1 else 'blocks'} trained: relative error of a block's output {first:.4f} in the first pass, "
+        f"{blocks} trained: relative error of a block's output {first:.4f} in the first pass, "
         f"{last:.4f} in the last"
     )
