@@ -62,10 +62,12 @@ def test_two_processes_do_what_one_does(command, together, flags, tmp_path):
     for name, weight in expected.items():
         # Sums in another order may tip a mask over where two choices are as good.
         alike = (found[name] != 0) == (weight != 0)
-        assert alike.float().mean() > 0.999, name
-        assert (found[name] - weight).norm() < 0.01 * weight.norm(), name
-    before, after = (r["quality"]["after"]["perplexity"] for r in (alone.json, report))
-    assert before == pytest.approx(after, rel=1e-3)
+        assert alike.float().mean() > 0.998, name
+        assert (found[name] - weight)[alike].norm() < 0.02 * weight.norm(), name
+    errors = [[layer["relative_error"] for layer in r["prunes"][0]["layers"]] for r in (alone.json, report)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    perplexities = [r["quality"]["after"]["perplexity"] for r in (alone.json, report)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=2e-3)
 
 
 DIES = """

@@ -280,6 +280,9 @@ def test_blocks_that_differ_by_rounding_are_alike():
     ratios = dict.fromkeys(("a", "b", "c"), 0.019580250075788678)
     patterns = owl(ratios, 0.5, weights={"a": 1, "b": 1, "c": 338})
     assert {str(pattern) for pattern in patterns.values()} == {"50%"}
+    for ratios in ({"a": 0.1, "b": 0.1 + 2e-17}, {"a": 0.0, "b": 5e-324}):
+        patterns = owl(ratios, 0.5)
+        assert {str(pattern) for pattern in patterns.values()} == {"50%"}
     patterns = owl({"a": 0.1, "b": 0.1 + 2e-17}, 0.5)
     assert {str(pattern) for pattern in patterns.values()} == {"50%"}
 

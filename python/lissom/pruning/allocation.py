@@ -422,7 +422,7 @@ def owl(
     mean = math.fsum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
     most, fewest = max(ratios.values()), min(ratios.values())
     # Blocks that are alike but for rounding are alike: their differences must not be blown up to the bound.
-    scale = bound / max(most - mean, mean - fewest) if most - fewest > 1e-9 * most else 0.0
+    scale = bound / max(most - mean, mean - fewest) if most - fewest > 1e-9 * most + 1e-12 else 0.0
     shares = {name: sparsity - (ratio - mean) * scale for name, ratio in ratios.items()}
     return PatternMap(
         {
