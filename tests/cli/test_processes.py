@@ -108,6 +108,7 @@ def test_resume_goes_on_from_what_the_first_process_kept(together, flags, dying,
     assert "error: the disk is full" in err
     assert json.loads(text)["error"]["message"] == "the disk is full"
     assert len(list(state.rglob("block-*.safetensors"))) == 2
+    assert json.loads(next(state.rglob("prune.json")).read_text())["arguments"]["processes"] == 2
     code, text, err = together(*flags, "-o", out)
     assert code != 0
     assert err.count("holds an interrupted run: go on with --resume") == 1
