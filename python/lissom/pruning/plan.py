@@ -269,7 +269,7 @@ def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int) -> float:
         width = min(options.blocksize, columns)
         # Inside a block of columns: a rank-1 update for each (sparsegpt), or a small system for each row (mrp).
         joint = method == "mrp" and options.variant != "SS"
-        seconds += rows * columns * (width**2 / 4 * 0.15e-9 if joint else width / 2 * 0.2e-9)
+        seconds += rows * columns * (width**2 / 4 * 1.5e-11 if joint else width / 2 * 0.2e-9)
     if job.few_tokens(columns):
         # Five dampings, each fitted to either half of the tokens.
         seconds += 10 * (2 * _REFIT_ITERATIONS * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
