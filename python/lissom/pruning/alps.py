@@ -8,9 +8,9 @@ import torch
 from ..ops.solver import solver_admm_mask, solver_admm_step_
 from .problem import Problem, Solution
 
-_ITERATIONS = 48
+_ITERATIONS = 28
 # Penalty in units of the normalised Hessian (unit diagonal), from loose to tight.
-_RHO_FIRST, _RHO_LAST = 0.05, 5.0
+_RHO_FIRST, _RHO_LAST = 0.1, 1.2
 
 
 def prune_by_alps(problem: Problem) -> Solution:

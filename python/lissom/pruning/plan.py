@@ -28,7 +28,7 @@ _ORDER_SECONDS = (
     1e-10  # of one thread, to compare two columns in one row when channels are put in order; measured
 )
 _ORDER_TOKENS = 8192
-_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 48, 15, 6
+_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 28, 15, 6
 
 
 def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
