@@ -31,7 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "mrp+refit": {"method": "mrp", "refit": True, "blend": 0.0},
     "alps": {"method": "alps", "refit": True, "blend": 0.0},
     "default": {"method": "alps", "refit": True},
+    "default+permute": {"method": "alps", "refit": True, "permute": True},
     "default+reconstruct": {"method": "alps", "refit": True, "reconstruct": True},
+    "default+permute+reconstruct": {"method": "alps", "refit": True, "permute": True, "reconstruct": True},
 }
 
 
@@ -74,7 +76,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         report = prune_model(
             model,
             pattern=job["pattern"],
-            data=CACHE / f"{job['text']}.train.txt",
+            data=None if job["name"] == "magnitude" else CACHE / f"{job['text']}.train.txt",
             tokenizer=tokenizer,
             options=options,
             on_progress=lambda p: print(f"{job['name']} {p.block}/{p.blocks}, {p.remaining:.0f} s left"),

@@ -56,6 +56,10 @@ def test_tensors_are_apart_and_leave_no_name_in_the_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_is_made(tmp_path):
+    assert Spill(tmp_path / "not" / "there").empty((2,), torch.float32).shape == (2,)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="posix_fallocate")
 def test_a_disk_without_room_is_an_error_and_no_crash(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

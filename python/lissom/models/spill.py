@@ -21,7 +21,8 @@ class Spill:
     process is killed; its space is free again once the tensor is gone.
 
     Args:
-        folder: on a disk; a memory file system (often the folder of temporary files) would gain nothing.
+        folder: on a disk, made if it is not there; a memory file system (often the folder of temporary files)
+            would gain nothing.
 
     Example:
         >>> import tempfile
@@ -33,6 +34,7 @@ class Spill:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = folder
+        os.makedirs(folder, exist_ok=True)
         self._maps: list[tuple[int, weakref.ref[mmap.mmap]]] = []  # address of the first byte, mapping
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
