@@ -24,9 +24,18 @@ def torch_folder() -> Path:
         os.path.join(sysconfig.get_path("purelib"), "torch"),  # the user's, also inside an isolated build
     ]
     for folder in candidates:
-        if folder and (Path(folder) / "share/cmake/Torch/TorchConfig.cmake").is_file():
+        if folder and (Path(folder) / "include/torch/library.h").is_file():
             return Path(folder)
     sys.exit("lissom needs PyTorch to be installed first: run `pip install torch`, then install it again.")
+
+
+def cuda_choice() -> str:
+    """LISSOM_CUDA=1 or 0; without it CMakeLists.txt decides."""
+    wish = os.environ.get("LISSOM_CUDA", "")
+    choices = {"": "AUTO", "0": "OFF", "1": "ON"}
+    if wish not in choices:
+        sys.exit(f"LISSOM_CUDA must be 1 (CUDA kernels), 0 (none) or unset; got {wish!r}.")
+    return choices[wish]
 
 
 class CMakeBuild(build_ext):
@@ -37,7 +46,8 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTorch_DIR={torch_folder()}/share/cmake/Torch",
+            f"-DLISSOM_TORCH={torch_folder()}",
+            f"-DLISSOM_CUDA={cuda_choice()}",
         ]
         configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
         # An earlier isolated build may have left the path of a ninja that is gone by now in CMake's cache.

@@ -7,11 +7,24 @@
 
 #include "core/cpu_isa.h"
 #include "sparse24/sparse24.h"
+#ifdef LISSOM_CUDA_ARCHITECTURES
+#include "core/cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
 namespace lissom {
 namespace {
+
+// "13.0", or None in a build without CUDA kernels.
+py::object cuda_toolkit() {
+#ifdef LISSOM_CUDA_ARCHITECTURES
+  const int version = cuda::toolkit_version();
+  return py::str(std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10));
+#else
+  return py::none();
+#endif
+}
 
 py::dict build_info() {
   py::dict d;
@@ -22,8 +35,38 @@ py::dict build_info() {
   d["compiler"] = "gcc " __VERSION__;
 #endif
   d["cxx"] = static_cast<long>(__cplusplus);
-  d["cuda"] = false;
+  d["cuda"] = cuda_toolkit();
   return d;
+}
+
+// What the CUDA kernels were compiled for and what is here to run them. Opens the driver: not for import time.
+py::dict cuda_info() {
+  py::dict d;
+  int devices = 0;
+  py::object trouble = py::none();
+#ifdef LISSOM_CUDA_ARCHITECTURES
+  d["architectures"] = py::str(LISSOM_CUDA_ARCHITECTURES).attr("split")(",");
+  if (const int error = cuda::device_count(&devices)) trouble = py::str(cuda::error_text(error));
+#else
+  d["architectures"] = py::list();
+  trouble = py::str("this build has no CUDA kernels");
+#endif
+  d["toolkit"] = cuda_toolkit();
+  d["devices"] = devices;
+  d["trouble"] = trouble;
+  return d;
+}
+
+std::string minor_version(const std::string& version) {
+  return version.substr(0, version.find('.', version.find('.') + 1));
+}
+
+// c10's C++ interface changes from one minor version to the next, and not every change fails to load.
+void require_torch_of_the_build() {
+  const std::string running = py::str(py::module_::import("torch").attr("__version__"));
+  if (minor_version(running) != minor_version(TORCH_VERSION))
+    throw py::import_error("lissom was built with torch " TORCH_VERSION ", and this is torch " + running +
+                           "; install lissom again in this environment, so that it is built with its torch");
 }
 
 // sparse24 path by type and number of tokens, as the kernels would choose it now.
@@ -81,8 +124,10 @@ void force_path(const std::string& name) {
 }  // namespace lissom
 
 PYBIND11_MODULE(_C, m) {
+  lissom::require_torch_of_the_build();
   m.def("build_info", &lissom::build_info);
   m.def("cpu_info", &lissom::cpu_info);
+  m.def("cuda_info", &lissom::cuda_info);
   m.def("cpu_isa", [] { return lissom::isa_name(lissom::cpu_isa()); });
   m.def("set_cpu_isa", &lissom::choose_isa);
   m.def("path_name", &lissom::path_name);

@@ -6,6 +6,7 @@
 #   third_party/bootstrap.sh --openvino   also the optional peer of `lissom bench`
 #
 # TORCH_SPEC   what pip installs as torch (default: the CPU build of torch 2.13.0)
+# LISSOM_CUDA  1: with CUDA kernels, 0: without (default: where nvcc is in PATH and torch is a CUDA build)
 # LISSOM_APT=1 as root: install missing Debian packages (compiler, venv, chromium) instead of naming them
 # PYTHON, CXX  which interpreter and compiler (default: python3, g++)
 set -euo pipefail
@@ -79,7 +80,7 @@ install_torch() { # keeps a torch that the venv already has
 }
 
 stamp() { # changes with everything that the installed package depends on, and with the folder (venvs cannot move)
-  { pwd; "$python" -V; echo "${TORCH_SPEC:-}"; cat pyproject.toml setup.py CMakeLists.txt third_party/bootstrap.sh
+  { pwd; "$python" -V; echo "${TORCH_SPEC:-} ${LISSOM_CUDA:-}"; cat pyproject.toml setup.py CMakeLists.txt third_party/bootstrap.sh
     find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum | cut -d' ' -f1
 }
 

@@ -32,7 +32,17 @@ _MODULES = (
     "testing",
 )
 
-__all__ = ["build_info", "compress", "cpu_info", "cpu_isa", "prune", "save", "set_cpu_isa", "sparsify"]
+__all__ = [
+    "build_info",
+    "compress",
+    "cpu_info",
+    "cpu_isa",
+    "cuda_info",
+    "prune",
+    "save",
+    "set_cpu_isa",
+    "sparsify",
+]
 
 if TYPE_CHECKING:
     from lissom.hf.save import save
@@ -42,21 +52,38 @@ if TYPE_CHECKING:
 
 
 def _library() -> Any:
-    import torch  # noqa: F401  (its libraries must be loaded before ours)
+    import torch  # its libraries must be loaded before ours
 
-    from lissom import _C
-
-    return _C
+    try:
+        return importlib.import_module("lissom._C")
+    except ImportError as error:
+        if "undefined symbol" not in str(error):
+            raise
+        raise ImportError(
+            f"lissom was built with another version of torch than this one, {torch.__version__}; install lissom "
+            f"again in this environment, so that it is built with its torch ({error})"
+        ) from error
 
 
 def build_info() -> dict[str, Any]:
-    """Versions that the native library was built with: `torch`, `compiler`, `cxx`, `cuda`.
+    """Versions that the native library was built with: `torch`, `compiler`, `cxx`, `cuda` (None without CUDA kernels).
 
     >>> import lissom
-    >>> lissom.build_info()["cuda"]
-    False
+    >>> sorted(lissom.build_info())
+    ['compiler', 'cuda', 'cxx', 'torch']
     """
     return dict(_library().build_info())
+
+
+def cuda_info() -> dict[str, Any]:
+    """What the CUDA kernels were compiled for and what can run them: `architectures`, `toolkit`, number of `devices`,
+    and `trouble`, the reason why there is none (no CUDA kernels in this build, no driver...), or None.
+
+    >>> import lissom
+    >>> (lissom.cuda_info()["devices"] > 0) == (lissom.cuda_info()["trouble"] is None)
+    True
+    """
+    return dict(_library().cuda_info())
 
 
 def cpu_info() -> dict[str, Any]:
@@ -94,6 +121,8 @@ def set_cpu_isa(name: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":  # `from lissom import _C` asks here first
+        return _library()
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name in _MODULES:

@@ -57,6 +57,7 @@ def info_view(console: Console, value: dict[str, Any]) -> None:
             "cores, threads": f"{value['cores']}, {value['threads']}",
             "memory": byte_text(value["memory_bytes"]),
             "gpu": value["gpu"] or "none",
+            "cuda kernels": _cuda_text(value["cuda"]),
             "build": ", ".join(f"{k} {v}" for k, v in value["build"].items()),
             **{name: setting or "not set" for name, setting in value["settings"].items()},
         },
@@ -69,6 +70,15 @@ def info_view(console: Console, value: dict[str, Any]) -> None:
             made.add_row(dtype, *[str(paths.get(row, "")) for row in rows])
         console.print()
         console.print(made)
+
+
+def _cuda_text(cuda: dict[str, Any]) -> str:
+    if not cuda["architectures"]:
+        return "none in this build"
+    made = f"{', '.join(cuda['architectures'])} (CUDA {cuda['toolkit']})"
+    return (
+        f"{made}; no device: {cuda['trouble']}" if cuda["trouble"] else f"{made}; {cuda['devices']} devices"
+    )
 
 
 def inspect_view(console: Console, value: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cuda": lissom.cuda_info(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "settings": {name: os.environ.get(name) for name in SETTINGS},
     }
