@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two forms of a 2:4 weight W [N, K], in one picture. Index maths only: usable on host and device.
+// The forms of a 2:4 weight W [N, K], in one picture. Index maths only: usable on host and device.
 //
 // Canonical (memory interchange, disk):
 //   values [N, K/2]          the two kept values of quad q of row n at [n, 2q], [n, 2q+1], in order of position
@@ -13,6 +13,19 @@
 //                   16-bit types   8 vectors, vector q = the pair of quad q
 //                   float         16 vectors, vectors 2q, 2q+1 = first and second value of quad q
 //   N is padded to 16 rows and K to 32 columns with zero values and nibble 0xE.
+//
+// Packed "sm80-v1" (mma.sp of the sm_80 instruction set; 16-bit types, and int8 in brackets):
+//   header 128 B | panel 0 | panel 1 | ...          panel = 32 rows of W, all of K; header as above, filled up to a line
+//   panel       = record 0 | record 1 | ...         record = 32 rows x 32 [64] columns: 8 [16] quads, one k step of a warp
+//   record      = metadata 128 [256] B | fragment of rows 0-15, 512 B | fragment of rows 16-31, 512 B
+//                 With g = lane / 4, t = lane % 4, everything lies as the lanes of a warp take it:
+//                   fragment   register r of a lane at 16 lane + 4 r: row g + 8 (r % 2), bytes 4 t + 16 (r / 2) .. + 3 of
+//                              the 32 bytes that the row keeps, i.e. the pair of quad t + 4 (r / 2) [two pairs]
+//                   metadata   u32 of a lane at 4 lane: quads 4 (t % 2) .. + 3 of row 16 (t / 2) + g in bits 0-15 and of
+//                              row 16 (t / 2) + g + 8 in bits 16-31: selector 0 for the first fragment, 1 for the second.
+//                              These 32 words are those of torch's CUTLASS order for this block.
+//                              [for each fragment 32 words: quads 8 (t / 2) .. + 7 of row g + 8 (t % 2)]
+//   N is padded to 32 rows and K to two records with zero values and nibble 0xE.
 #pragma once
 
 #include "core/types.h"
@@ -80,4 +93,51 @@ LISSOM_HOST_DEVICE constexpr int64_t packed_bytes(int64_t n, int64_t k, DType t)
   return static_cast<int64_t>(sizeof(PackedHeader)) + panels(n) * panel_bytes(k, t);
 }
 
+// Packed "sm80-v1". `bytes` is the size of an element: 2 or 1.
+namespace sm80 {
+
+constexpr char kMagic[9] = "LISSOM80";
+constexpr uint32_t kVersion = 1;
+constexpr int32_t kInt8 = 3;           // in PackedHeader::dtype, beside those of DType
+constexpr int64_t kHeaderBytes = 128;  // records begin on a 128-byte line, like the memory that holds them
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kFragmentBytes = 512;  // 16 rows of a record
+constexpr int64_t kRowBytes = 32;        // kept by one row in a record
+constexpr int64_t kStepBytes = 64;       // of a row of x that meet one record
+
+LISSOM_HOST_DEVICE constexpr int64_t record_columns(int64_t bytes) { return kStepBytes / bytes; }
+LISSOM_HOST_DEVICE constexpr int64_t meta_bytes(int64_t bytes) { return 256 / bytes; }
+LISSOM_HOST_DEVICE constexpr int64_t record_bytes(int64_t bytes) {
+  return meta_bytes(bytes) + 2 * kFragmentBytes;
+}
+LISSOM_HOST_DEVICE constexpr int64_t panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
+LISSOM_HOST_DEVICE constexpr int64_t records(int64_t k, int64_t bytes) {
+  const int64_t two = 2 * record_columns(bytes);
+  return (k + two - 1) / two * 2;
+}
+LISSOM_HOST_DEVICE constexpr int64_t packed_bytes(int64_t n, int64_t k, int64_t bytes) {
+  return kHeaderBytes + panels(n) * records(k, bytes) * record_bytes(bytes);
+}
+// Byte offset of the record of row n and column k of W.
+LISSOM_HOST_DEVICE constexpr int64_t record_offset(int64_t n, int64_t k, int64_t columns, int64_t bytes) {
+  return kHeaderBytes +
+         (n / kPanelRows * records(columns, bytes) + k / record_columns(bytes)) * record_bytes(bytes);
+}
+
+// Inside a record; row 0 .. 31, quad 0 .. record_columns / 4 - 1, slot 0 or 1.
+LISSOM_HOST_DEVICE constexpr int64_t value_offset(int64_t row, int64_t quad, int64_t slot, int64_t bytes) {
+  const int64_t kept = (2 * quad + slot) * bytes;  // byte of the row's 32
+  const int64_t lane = row % 8 * 4 + kept % 16 / 4, r = row / 8 % 2 + kept / 16 * 2;
+  return meta_bytes(bytes) + row / 16 * kFragmentBytes + lane * 16 + r * 4 + kept % 4;
+}
+// The nibble of a quad: bits shift .. shift + 3 of the u32 at meta_offset.
+LISSOM_HOST_DEVICE constexpr int64_t meta_offset(int64_t row, int64_t quad, int64_t bytes) {
+  const int64_t g = row % 8, half = row / 8 % 2, f = row / 16;
+  return bytes == 2 ? 4 * (4 * g + 2 * f + quad / 4) : 4 * (32 * f + 4 * g + half + quad / 8 * 2);
+}
+LISSOM_HOST_DEVICE constexpr int meta_shift(int64_t row, int64_t quad, int64_t bytes) {
+  return static_cast<int>(bytes == 2 ? row / 8 % 2 * 16 + quad % 4 * 4 : quad % 8 * 4);
+}
+
+}  // namespace sm80
 }  // namespace lissom::sparse24
