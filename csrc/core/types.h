@@ -5,11 +5,17 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__CUDACC__)
+#define LISSOM_HOST_DEVICE __host__ __device__
+#else
+#define LISSOM_HOST_DEVICE
+#endif
+
 namespace lissom {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-constexpr int64_t element_bytes(DType t) { return t == DType::f32 ? 4 : 2; }
+LISSOM_HOST_DEVICE constexpr int64_t element_bytes(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // `static`: every unit keeps its own copy, so that no unit compiled with wide ISA flags can lend its copy to another.
 static inline uint32_t float_bits(float f) {

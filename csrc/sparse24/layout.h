@@ -30,12 +30,6 @@
 
 #include "core/types.h"
 
-#if defined(__CUDACC__)
-#define LISSOM_HOST_DEVICE __host__ __device__
-#else
-#define LISSOM_HOST_DEVICE
-#endif
-
 namespace lissom::sparse24 {
 
 constexpr int64_t kPanelRows = 16;
