@@ -99,6 +99,10 @@ constexpr int64_t kFragmentBytes = 512;  // 16 rows of a record
 constexpr int64_t kRowBytes = 32;        // kept by one row in a record
 constexpr int64_t kStepBytes = 64;       // of a row of x that meet one record
 
+// Size of an element by PackedHeader::dtype; 0: there is no such form.
+LISSOM_HOST_DEVICE constexpr int64_t element_bytes(int32_t dtype) {
+  return dtype == kInt8 ? 1 : dtype == 1 || dtype == 2 ? 2 : 0;
+}
 LISSOM_HOST_DEVICE constexpr int64_t record_columns(int64_t bytes) { return kStepBytes / bytes; }
 LISSOM_HOST_DEVICE constexpr int64_t meta_bytes(int64_t bytes) { return 256 / bytes; }
 LISSOM_HOST_DEVICE constexpr int64_t record_bytes(int64_t bytes) {
@@ -111,6 +115,13 @@ LISSOM_HOST_DEVICE constexpr int64_t records(int64_t k, int64_t bytes) {
 }
 LISSOM_HOST_DEVICE constexpr int64_t packed_bytes(int64_t n, int64_t k, int64_t bytes) {
   return kHeaderBytes + panels(n) * records(k, bytes) * record_bytes(bytes);
+}
+// The length of the whole vector also tells the type, so that a device's copy can be checked without reading its header.
+LISSOM_HOST_DEVICE constexpr int64_t buffer_bytes(int64_t n, int64_t k, int32_t dtype) {
+  return packed_bytes(n, k, element_bytes(dtype)) + 16 * dtype;
+}
+constexpr PackedHeader header(int64_t n, int64_t k, int32_t dtype) {
+  return {{'L', 'I', 'S', 'S', 'O', 'M', '8', '0'}, kVersion, dtype, n, k, {}};
 }
 // Byte offset of the record of row n and column k of W.
 LISSOM_HOST_DEVICE constexpr int64_t record_offset(int64_t n, int64_t k, int64_t columns, int64_t bytes) {
