@@ -7,8 +7,8 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "counters.h"
@@ -31,7 +31,8 @@ struct Copy {
 struct Thread {
   enum class State { ready, waiting, done };
   State state = State::ready;
-  std::string waits_for;  // while it waits
+  const char* waits_in = nullptr;
+  Site waits_at;
   std::vector<Copy*> open;
   std::deque<std::vector<Copy*>> groups;
 };
@@ -56,16 +57,22 @@ struct Warp {
 // Who wrote a byte of global memory in this launch. Blocks run one after the other, so what two of them do to one byte is found
 // here and not by chance.
 struct Written {
-  uint32_t block = ~0u;
+  uint32_t block = 0;
   Access by;
+  bool several = false;  // `by` is the newest of atomics that nothing orders among themselves,
+  uint32_t phase = 0;    // and a plain access must be behind a block barrier since
 };
+
+enum class Use { read, read_only, write, atomic };
 
 struct Launch {
   std::string kernel;
   Run& run;
   Meter meter;
   std::mt19937_64 random;
-  std::map<uint64_t, std::vector<Written>> written;  // pages of 1 KiB, a cell is two bytes
+  // Pages of 1 KiB.
+  std::unordered_map<uint64_t, std::vector<Written>> written = {};  // cells of two bytes
+  std::unordered_map<uint64_t, std::bitset<1024>> read_only = {};   // bytes read by the read-only path
 };
 
 class Block {
@@ -74,8 +81,8 @@ class Block {
   void run(const std::function<void()>& body);
 
   // Called by the thread that runs.
-  void pause(std::string waits_for);  // until wake
-  void interrupt();                   // random schedule: now and then another warp goes on
+  void pause(const char* operation, Site at);  // until wake
+  void interrupt();                            // random schedule: now and then another warp goes on
   void wake(int thread);
   Barrier& barrier(int id) { return barriers_[id]; }
   Warp& warp() { return warps_[now.thread / 32]; }
@@ -85,11 +92,11 @@ class Block {
   void check(const Shadow::Found& found, int bytes, uint16_t place);
   void inside(uint32_t offset, int bytes, Site at, const char* operation);
   void land(Copy& copy);
-  void check_written(const void* p, int bytes, uint16_t place, bool write, bool atomic, bool read_only);
+  void check_global_order(const void* p, int bytes, uint16_t place, Use use);
 
   Index now;  // of the thread that runs
   Launch& launch;
-  const uint32_t number_of_block;
+  const uint32_t block_number;
   Clocks clocks;
   Shadow shadow;
   std::vector<unsigned char> shared;

@@ -13,7 +13,7 @@
 
 #include "block.h"
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 asm(R"(
 .text
 .globl simt_switch
@@ -52,10 +52,8 @@ Fiber& fiber(int thread) {
   return *all[thread];
 }
 
-bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() &&
-         (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
-}
+bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+bool same(const Site& a, const Site& b) { return a.line() == b.line() && same(a.file_name(), b.file_name()); }
 std::string text(const Site& at) { return std::string(at.file_name()) + ":" + std::to_string(at.line()); }
 
 const char* advice(Kind kind) {
@@ -63,7 +61,8 @@ const char* advice(Kind kind) {
     case Kind::race: return "put a barrier (inside one warp: warp_sync) between the two accesses";
     case Kind::in_flight: return "wait for the group of that copy, then a barrier, before touching its bytes";
     case Kind::uninitialised:
-      return "store, copy or zero-fill these bytes first; check the extents of the tile";
+      return "store, copy or zero-fill these bytes first; the reader may also have run ahead for want of a "
+             "barrier";
     case Kind::bounds: return "check the offset, the size given to the launch, and the guards at the edges";
     case Kind::misaligned: return "an access of n bytes needs an address that is a multiple of n";
     case Kind::divergence: return "let all of them reach the same line: move it out of the branch";
@@ -138,7 +137,7 @@ void fail(Kind kind, Site at, const char* format, ...) {
 Block::Block(Launch& launch_, const Index& index, uint32_t number, int shared_bytes)
     : now(index),
       launch(launch_),
-      number_of_block(number),
+      block_number(number),
       shared(shared_bytes, 0xff) {  // 0xff..: NaN in every type
   clocks.reset(now.threads);
   shadow.reset(shared_bytes);
@@ -204,10 +203,12 @@ void Block::run(const std::function<void()>& body) {
   the_block = nullptr;
 }
 
-void Block::pause(std::string waits_for) {
+void Block::pause(const char* operation, Site at) {
   const int thread = now.thread;
-  threads_[thread].state = Thread::State::waiting;
-  threads_[thread].waits_for = std::move(waits_for);
+  Thread& t = threads_[thread];
+  t.state = Thread::State::waiting;
+  t.waits_in = operation;
+  t.waits_at = at;
   warps_[thread / 32].ready &= ~(1u << (thread % 32));
   fiber(thread).leave();
 }
@@ -231,9 +232,12 @@ void Block::interrupt() {
 void Block::report_deadlock() {
   std::map<std::string, std::vector<int>> waiting;
   Kind kind = Kind::deadlock;
-  for (int t = 0; t < now.threads; ++t)
-    waiting[threads_[t].state == Thread::State::done ? "have returned" : "wait in " + threads_[t].waits_for]
-        .push_back(t);
+  for (int i = 0; i < now.threads; ++i) {
+    const Thread& t = threads_[i];
+    const bool done = t.state == Thread::State::done;
+    waiting[done ? "have returned" : std::string("wait in ") + t.waits_in + " at " + text(t.waits_at)]
+        .push_back(i);
+  }
   for (const Warp& w : warps_)
     if (w.arrived) kind = Kind::divergence;  // some lanes wait for lanes of their own warp
   std::string what = kind == Kind::deadlock ? "nobody can go on" : "lanes of one warp wait for each other";
@@ -251,7 +255,7 @@ bool warp_enter(const char* operation, void* operands, Site at) {
   if (w.arrived == 0) {
     w.operation = operation;
     w.at = at;
-  } else if (strcmp(w.operation, operation) != 0 || !same(w.at, at)) {
+  } else if (!same(w.operation, operation) || !same(w.at, at)) {
     fail(Kind::divergence, at, "this lane reached %s while lanes 0x%08x of its warp wait in %s at %s",
          operation, w.arrived, w.operation, text(w.at).c_str());
   }
@@ -261,7 +265,7 @@ bool warp_enter(const char* operation, void* operands, Site at) {
     b.launch.meter.meet(b.now.thread / 32);
     return true;
   }
-  b.pause(std::string(operation) + " at " + text(at));
+  b.pause(operation, at);
   return false;
 }
 
@@ -307,7 +311,7 @@ void arrive(int id, int count, bool wait, Site at, const char* operation) {
   barrier.waiting[thread] = wait;
   b.clocks.arrive(barrier.joint, thread);
   if (++barrier.arrived < count) {
-    if (wait) b.pause(std::string(operation) + " at " + text(at));
+    if (wait) b.pause(operation, at);
     return;
   }
   const Barrier full = std::move(barrier);
@@ -381,7 +385,7 @@ int launch(const void* kernel, const int64_t (&grid)[3], int threads, int shared
     return kLaunchFailure;
   }
   Counters& counters = run->kernels[name];
-  Launch launch{name, *run, Meter(counters), std::mt19937_64(run->seed), {}};
+  Launch launch{name, *run, Meter(counters), std::mt19937_64(run->seed)};
   const int64_t blocks = grid[0] * grid[1] * grid[2];
   ++counters.launches;
   counters.blocks += blocks;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One fiber for each thread of a block: a stack and the place where it goes on. x86-64 saves six registers; elsewhere ucontext.
+// One fiber for each thread of a block: a stack and the place where it goes on. x86-64 saves six registers; elsewhere, or with
+// -DSIMT_UCONTEXT, ucontext.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +9,10 @@
 
 #include <new>
 #include <stdexcept>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#if defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -19,7 +23,7 @@
 
 namespace simt {
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 extern "C" void simt_switch(void** save, void* go_on);
 #endif
 
@@ -41,7 +45,7 @@ class Fiber {
 
   void start(void (*entry)()) {
     unpoison();
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
     void** top = reinterpret_cast<void**>(stack_ + kStack) - 2;
     top[0] = reinterpret_cast<void*>(entry);  // where the first switch returns to; keeps the ABI's alignment
     top[1] = nullptr;
@@ -77,7 +81,7 @@ class Fiber {
     size_t bytes;
   };
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   using Place = void*;
   static void change(Place& save, Place& go_on) { simt_switch(&save, go_on); }
 #else

@@ -68,9 +68,22 @@ void Block::check(const Shadow::Found& found, int bytes, uint16_t mine) {
   }
 }
 
-void Block::check_written(const void* p, int bytes, uint16_t mine, bool write, bool atomic, bool read_only) {
-  if (!launch.run.detector || (!write && launch.written.empty())) return;
+void Block::check_global_order(const void* p, int bytes, uint16_t mine, Use use) {
+  const bool write = use == Use::write || use == Use::atomic;
+  if (!launch.run.detector || (use == Use::read && launch.written.empty())) return;
   const Place& here = place(mine);
+  const auto text = [](const Place& there) {
+    return std::string(there.operation) + " at " + there.at.file_name() + ":" +
+           std::to_string(there.at.line());
+  };
+  for (uint64_t byte = number(p); write && byte < number(p) + bytes; ++byte) {
+    const auto page = launch.read_only.find(byte / 1024);
+    if (page != launch.read_only.end() && page->second[byte % 1024])
+      fail(Kind::read_only, here.at, "%s to bytes that this launch loads by the read-only path",
+           here.operation);
+  }
+  for (uint64_t byte = number(p); use == Use::read_only && byte < number(p) + bytes; ++byte)
+    launch.read_only[byte / 1024].set(byte % 1024);
   for (uint64_t cell = number(p) / 2; 2 * cell < number(p) + bytes; ++cell) {
     auto page = launch.written.find(cell / 512);
     if (page == launch.written.end()) {
@@ -81,20 +94,18 @@ void Block::check_written(const void* p, int bytes, uint16_t mine, bool write, b
     Access a = access(mine);
     a.bytes =
         static_cast<uint8_t>((2 * cell >= number(p) ? 1 : 0) | (2 * cell + 1 < number(p) + bytes ? 2 : 0));
-    a.atomic = atomic;
-    if (last.block != ~0u && (last.by.bytes & a.bytes) && !(atomic && last.by.atomic)) {
-      const Place& there = place(last.by.site);
-      if (read_only)
-        fail(Kind::read_only, here.at, "%s of bytes that this launch writes: %s at %s:%u", here.operation,
-             there.operation, there.at.file_name(), there.at.line());
-      if (last.block != number_of_block || !clocks.ordered(last.by, now.thread))
-        fail(
-            Kind::race, here.at,
-            "%s of %d bytes at %p of global memory, not ordered against\n  %s of block %u thread %d at %s:%u",
-            here.operation, bytes, p, there.operation, last.block, last.by.thread, there.at.file_name(),
-            there.at.line());
-    }
-    if (write) last = {number_of_block, a};
+    a.atomic = use == Use::atomic;
+    const bool known = last.by.bytes & a.bytes, here_too = last.block == block_number;
+    const bool ordered =
+        here_too && (last.several ? last.phase != shadow.phase() : clocks.ordered(last.by, now.thread));
+    if (known && use == Use::read_only)
+      fail(Kind::read_only, here.at, "%s of bytes that this launch writes: %s", here.operation,
+           text(place(last.by.site)).c_str());
+    if (known && !ordered && !(a.atomic && last.by.atomic))
+      fail(Kind::race, here.at,
+           "%s of %d bytes at %p of global memory, not ordered against\n  %s, block %u thread %d",
+           here.operation, bytes, p, text(place(last.by.site)).c_str(), last.block, last.by.thread);
+    if (write) last = {block_number, a, known && !ordered, shadow.phase()};
   }
 }
 
@@ -104,7 +115,7 @@ void global_read(void* out, const void* from, int bytes, bool read_only, Site at
   b.interrupt();
   const uint16_t mine = place_number(read_only ? "load" : "load_plain", Space::global, at);
   check_global(from, bytes, bytes, at, "load");
-  b.check_written(from, bytes, mine, false, false, read_only);
+  b.check_global_order(from, bytes, mine, read_only ? Use::read_only : Use::read);
   b.launch.meter.access(mine, b.now.thread, number(from), bytes, false);
   memcpy(out, from, bytes);
 }
@@ -114,7 +125,7 @@ void global_write(void* to, const void* in, int bytes, Site at) {
   b.interrupt();
   const uint16_t mine = place_number("store", Space::global, at);
   check_global(to, bytes, bytes, at, "store");
-  b.check_written(to, bytes, mine, true, false, false);
+  b.check_global_order(to, bytes, mine, Use::write);
   b.launch.meter.access(mine, b.now.thread, number(to), bytes, true);
   memcpy(to, in, bytes);
 }
@@ -124,7 +135,7 @@ void* global_atomic(void* p, int bytes, Site at) {
   b.interrupt();
   const uint16_t mine = place_number("atomic", Space::global, at);
   check_global(p, bytes, bytes, at, "atomic");
-  b.check_written(p, bytes, mine, true, true, false);
+  b.check_global_order(p, bytes, mine, Use::atomic);
   b.launch.meter.access(mine, b.now.thread, number(p), bytes, true);
   return p;
 }
@@ -188,7 +199,7 @@ void copy_issue(uint32_t dst, const void* src, int bytes, int src_bytes, Site at
     fail(Kind::operand, at, "cp_async of %d bytes out of %d; 0 to %d may be read", src_bytes, bytes, bytes);
   b.inside(dst, bytes, at, "cp_async");
   check_global(src, src_bytes, bytes, at, "cp_async");
-  b.check_written(src, src_bytes, from, false, false, false);
+  b.check_global_order(src, src_bytes, from, Use::read);
   if (b.launch.run.detector) b.check(b.shadow.copy_begin(b.clocks, b.access(to), dst, bytes), bytes, to);
   b.launch.meter.access(to, b.now.thread, dst, bytes, false);
   b.launch.meter.access(from, b.now.thread, number(src), src_bytes ? bytes : 0, false);

@@ -82,6 +82,7 @@ class Shadow {
   }
   // All threads passed a barrier: what was read before it can no longer clash.
   void next_phase() { ++phase_; }
+  uint32_t phase() const { return phase_; }
 
   Found read(const Clocks& clocks, Access a, uint32_t offset, int bytes, bool whole_warp = false) {
     return each(a, offset, bytes, [&](Cell& cell, uint32_t at) -> Found {
