@@ -253,6 +253,14 @@ Vec<float, 2> unpack(uint32_t pair) {
   return {{to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})}};
 }
 
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, Site at = Site::current()) {
+  if (selector & ~0x7777u) simt::fail(simt::Kind::operand, at, "selector 0x%x; four nibbles of 0 to 7", selector);
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= (both >> 8 * (selector >> 4 * i & 7u) & 255u) << 8 * i;
+  return out;
+}
+
 inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rcp(float x) { return 1.0f / x; }
 inline float exp2(float x) { return exp2f(x); }

@@ -349,7 +349,8 @@ LISSOM_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
 LISSOM_DEVICE void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   LISSOM_MMA_DENSE("m16n8k32", "s32.s8.s8.s32", "r");
 }
-// int8: D[16, 8] += A[16, 64] B[64, 8] with A 2:4; all lanes give metadata.
+// int8: D[16, 8] += A[16, 64] B[64, 8] with A 2:4. All lanes give metadata: lane 4g + t for row g + 8 (t & 1), dense columns
+// 32 (t >> 1) .. +31, the same nibbles.
 LISSOM_DEVICE void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                                    uint32_t meta) {
   LISSOM_MMA_SPARSE("m16n8k64", "s32.s8.s8.s32", "r", 0);
@@ -397,6 +398,9 @@ LISSOM_DEVICE Vec<float, 2> unpack(uint32_t pair) {
 }
 LISSOM_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 LISSOM_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
+
+// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes b:a, a low. The other selector bits are 0.
+LISSOM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 LISSOM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LISSOM_DEVICE float rcp(float x) { return __frcp_rn(x); }
