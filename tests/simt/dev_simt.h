@@ -254,7 +254,8 @@ Vec<float, 2> unpack(uint32_t pair) {
 }
 
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, Site at = Site::current()) {
-  if (selector & ~0x7777u) simt::fail(simt::Kind::operand, at, "selector 0x%x; four nibbles of 0 to 7", selector);
+  if (selector & ~0x7777u)
+    simt::fail(simt::Kind::operand, at, "selector 0x%x; four nibbles of 0 to 7", selector);
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) out |= (both >> 8 * (selector >> 4 * i & 7u) & 255u) << 8 * i;

@@ -400,7 +400,9 @@ LISSOM_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 LISSOM_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
 
 // Byte i of the result is byte (selector >> 4i & 7) of the eight bytes b:a, a low. The other selector bits are 0.
-LISSOM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+LISSOM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
 
 LISSOM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LISSOM_DEVICE float rcp(float x) { return __frcp_rn(x); }
