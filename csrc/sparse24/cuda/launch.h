@@ -8,6 +8,10 @@
 
 #include "core/types.h"
 
+namespace lissom::sparse24 {
+constexpr int kWrongArgument = 1;  // cudaErrorInvalidValue
+}
+
 extern "C" {
 
 // --- canonical form (format.cu). Values are moved as bit patterns of `bytes` (1, 2 or 4) each ---
@@ -43,4 +47,31 @@ int lissom_sparse24_mask_mm(lissom::DType dtype, const void* dy, int64_t dy_stri
 // tile_rows (64 or 128) rows of dx.
 int lissom_sparse24_grad_input(lissom::DType dtype, int tile_rows, const void* dy, int64_t dy_stride,
                                const void* records, void* dx, int64_t m, int64_t n, int64_t k, void* stream);
+
+// --- forward (gemm.cu, gemv.cu): y [m, n] = act(x W^T + bias) + residual ---
+
+typedef struct {
+  int64_t m, n, k;
+  int32_t dtype;  // of x and W: bf16, f16, or sm80::kInt8
+  int32_t out;    // of y and residual: float32, or 16 bits (as dtype; either one for int8)
+  int32_t act;    // Act of sparse24.h
+  int32_t bias_dtype;
+  const void* x;         // [m, k]; gemm: rows on 16 bytes; gemv: on 8
+  int64_t x_stride;      // in elements, between rows
+  const void* records;   // W in sm80-v1 behind its header
+  const void* bias;      // [n] or null
+  const void* residual;  // [m, n] or null
+  int64_t residual_stride;
+  const float* scale_w;  // int8: [n], and null otherwise
+  const float* scale_x;  // int8: [m]
+  void* y;               // [m, n]
+} LissomLinear;
+
+// Tile: an index of kTiles (tiles.h). splits > 1 divides k among that many blocks, whose partial sums a second kernel adds in
+// order; it needs lissom_sparse24_gemm_workspace() bytes at `workspace`, on 16 bytes, which no other stream may use meanwhile.
+int lissom_sparse24_gemm(const LissomLinear* linear, int tile, int splits, void* workspace,
+                         int64_t workspace_bytes, void* stream);
+int64_t lissom_sparse24_gemm_workspace(int64_t m, int64_t n, int splits);
+// m <= kGemvTokens, 16-bit types: reads W at the speed of memory, without tensor cores.
+int lissom_sparse24_gemv(const LissomLinear* linear, void* stream);
 }
