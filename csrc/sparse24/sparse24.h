@@ -59,7 +59,7 @@ struct Canonical {
   int64_t n, k;
   void* values;   // [n, k/2] contiguous
   uint8_t* meta;  // [n, meta_columns(k)] contiguous
-  int64_t bytes;  // of one element: 2 or 4
+  int64_t bytes;  // of one element: 1 (int8), 2 or 4
 };
 struct BadQuad {
   int64_t row, quad;  // row < 0: none
@@ -74,5 +74,8 @@ void decompress_rows(const Canonical& in, void* w, int64_t begin, int64_t end);
 void gather_rows(const void* dense, const Canonical& out, int64_t first, int64_t begin, int64_t end);
 void pack_panels(const Canonical& in, DType dtype, uint8_t* records_out, int64_t begin, int64_t end);
 void unpack_panels(const uint8_t* records_in, DType dtype, const Canonical& out, int64_t begin, int64_t end);
+// Panels of sm80-v1, of 1 or 2 bytes an element; `packed` begins with its header, which is left alone.
+void pack_sm80(const Canonical& in, uint8_t* packed, int64_t begin, int64_t end);
+void unpack_sm80(const uint8_t* packed, const Canonical& out, int64_t begin, int64_t end);
 
 }  // namespace lissom::sparse24

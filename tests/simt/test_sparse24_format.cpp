@@ -36,11 +36,11 @@ std::vector<T> random_dense(int64_t n, int64_t k, bool sparse, Random& random) {
 }
 
 template <class T>
-Buffer<T> on_device(const std::vector<T>& v) {
-  Buffer<T> b(v.size());
-  std::copy(v.begin(), v.end(), b.begin());
-  return b;
-}
+struct Copy : Buffer<T> {
+  explicit Copy(const std::vector<T>& v) : Buffer<T>(v.size()) {
+    std::copy(v.begin(), v.end(), this->begin());
+  }
+};
 
 template <class T>
 std::string same(const char* what, const T* got, const std::vector<T>& wanted) {
@@ -74,7 +74,7 @@ void check_formats(int64_t n, int64_t k, const Way& way, uint64_t seed) {
   };
   for (const bool sparse : {true, false}) {
     const std::vector<T> w = random_dense<T>(n, k, sparse, random);
-    const Buffer<T> dense = on_device(w);
+    const Copy<T> dense(w);
     expect("check " + where, attempt(
                                  way,
                                  [&] {
@@ -144,8 +144,8 @@ void check_pack(int64_t n, int64_t k, int dtype, bool forged, const Way& way, ui
   if (forged)
     for (uint8_t& byte : meta)
       if (random.below(3) == 0) byte = static_cast<uint8_t>(random.bits());
-  const Buffer<T> device_values = on_device(values);
-  const Buffer<uint8_t> device_meta = on_device(meta);
+  const Copy<T> device_values(values);
+  const Copy<uint8_t> device_meta(meta);
   poison(n, k, values, meta);
   if (k % 8)
     for (int64_t row = 0; row < n; ++row) meta[static_cast<size_t>((row + 1) * meta_columns(k) - 1)] &= 15;
@@ -225,7 +225,7 @@ int counters() {
   const int64_t n = 64, k = 512;
   Random random(1);
   simt::Run run;
-  const Buffer<uint16_t> w = on_device(random_dense<uint16_t>(n, k, true, random));
+  const Copy<uint16_t> w(random_dense<uint16_t>(n, k, true, random));
   Buffer<uint16_t> values(n * k / 2);
   Buffer<uint8_t> meta(n * k / 8), packed(static_cast<size_t>(sm80::buffer_bytes(n, k, 1)));
   Buffer<int64_t> verdict(4), scratch(n);

@@ -8,12 +8,14 @@ namespace {
 // Dispatches on the element size: values are moved as bit patterns, so NaN payloads and infinities survive.
 template <class F>
 auto by_size(int64_t bytes, F f) {
-  return bytes == 4 ? f(uint32_t{}) : f(uint16_t{});
+  return bytes == 4 ? f(uint32_t{}) : bytes == 2 ? f(uint16_t{}) : f(uint8_t{});
 }
 
 // Drops the sign bit: +0 and -0 both become 0, and the order of what is left is the order of magnitudes (NaN largest).
+// One byte is int8.
 template <class T>
 constexpr T magnitude(T bits) {
+  if constexpr (sizeof(T) == 1) return bits & 0x80u ? static_cast<T>(-bits) : bits;
   return static_cast<T>(bits << 1);
 }
 
@@ -175,6 +177,48 @@ void unpack_panels(const uint8_t* records_in, DType dtype, const Canonical& out,
       }
     }
   });
+}
+
+void pack_sm80(const Canonical& in, uint8_t* packed, int64_t begin, int64_t end) {
+  const int64_t bytes = in.bytes, columns = sm80::record_columns(bytes), quads = in.k / 4;
+  for (int64_t n = begin * sm80::kPanelRows; n < end * sm80::kPanelRows; ++n) {
+    const int64_t r = n % sm80::kPanelRows;
+    for (int64_t first = 0; first < sm80::records(in.k, bytes) * columns; first += columns) {
+      uint8_t* const record = packed + sm80::record_offset(n, first, in.k, bytes);
+      if (r == 0) memset(record, 0, static_cast<size_t>(sm80::record_bytes(bytes)));
+      for (int64_t i = 0; i < columns / 4; ++i) {
+        const int64_t q = first / 4 + i;
+        const bool inside = n < in.n && q < quads;
+        const uint32_t nibble = inside ? nibble_at(in.meta + n * meta_columns(in.k), q) : kFillerNibble;
+        uint8_t* const place = record + sm80::meta_offset(r, i, bytes);
+        uint32_t word;
+        memcpy(&word, place, 4);
+        word |= nibble << sm80::meta_shift(r, i, bytes);
+        memcpy(place, &word, 4);
+        if (!inside) continue;
+        const auto* pair = static_cast<const uint8_t*>(in.values) + (n * (in.k / 2) + 2 * q) * bytes;
+        memcpy(record + sm80::value_offset(r, i, 0, bytes), pair, static_cast<size_t>(2 * bytes));
+      }
+    }
+  }
+}
+
+void unpack_sm80(const uint8_t* packed, const Canonical& out, int64_t begin, int64_t end) {
+  const int64_t bytes = out.bytes, quads_of_record = sm80::record_columns(bytes) / 4;
+  for (int64_t n = begin * sm80::kPanelRows; n < end * sm80::kPanelRows && n < out.n; ++n) {
+    const int64_t r = n % sm80::kPanelRows;
+    uint8_t* const meta = out.meta + n * meta_columns(out.k);
+    for (int64_t q = 0; q < out.k / 4; ++q) {
+      const uint8_t* const record = packed + sm80::record_offset(n, 4 * q, out.k, bytes);
+      const int64_t i = q % quads_of_record;
+      uint32_t word;
+      memcpy(&word, record + sm80::meta_offset(r, i, bytes), 4);
+      const uint32_t nibble = word >> sm80::meta_shift(r, i, bytes) & 15u;
+      meta[q / 2] = static_cast<uint8_t>(q % 2 ? meta[q / 2] | nibble << 4 : nibble);
+      auto* pair = static_cast<uint8_t*>(out.values) + (n * (out.k / 2) + 2 * q) * bytes;
+      memcpy(pair, record + sm80::value_offset(r, i, 0, bytes), static_cast<size_t>(2 * bytes));
+    }
+  }
 }
 
 }  // namespace lissom::sparse24

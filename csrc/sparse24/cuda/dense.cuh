@@ -8,11 +8,7 @@
 #pragma once
 
 #include "core/cuda/dev.cuh"
-
-// Barriers and waits, numbered: a test leaves out one after the other and must notice.
-#ifndef LISSOM_SYNC
-#define LISSOM_SYNC(number, statement) statement
-#endif
+#include "sparse24/cuda/sync.cuh"
 
 namespace lissom::sparse24::dense {
 

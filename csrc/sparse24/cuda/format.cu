@@ -6,8 +6,6 @@
 namespace lissom::sparse24 {
 namespace {
 
-constexpr int kWrongArgument = 1;  // cudaErrorInvalidValue
-
 // f(element type) for elements of `bytes`.
 template <class F>
 int by_size(int bytes, const F& f) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/cuda/dev.cuh"
+#include "sparse24/cuda/sync.cuh"
 #include "sparse24/layout.h"
 
 namespace lissom::sparse24 {
@@ -122,7 +123,7 @@ verdict_kernel(const BadInRow* bad_rows, int64_t* verdict, int64_t n) {
     if (dev::load(bad_rows + row).quad >= 0) first = static_cast<int>(row);
   first = dev::reduce_min(first);
   if (dev::lane() == 0) of_warps.store(dev::warp(), first);
-  dev::barrier();
+  LISSOM_SYNC(1, dev::barrier());
   if (dev::thread() != 0) return;
   for (int w = 1; w < kFormatRows; ++w) first = of_warps.load(w) < first ? of_warps.load(w) : first;
   const BadInRow bad = first == none ? BadInRow{-1, 0} : dev::load(bad_rows + first);

@@ -21,7 +21,6 @@ int run(const dense::Matrix& dy, const unsigned char* records, uint16_t* dx, int
 extern "C" int lissom_sparse24_grad_input(DType dtype, int tile_rows, const void* dy, int64_t dy_stride,
                                           const void* records, void* dx, int64_t m, int64_t n, int64_t k,
                                           void* stream) {
-  constexpr int kWrongArgument = 1;  // cudaErrorInvalidValue
   if (m == 0 || k == 0) return 0;
   if (dtype == DType::f32 || dy_stride % 8 || (tile_rows != 64 && tile_rows != 128)) return kWrongArgument;
   const bool bf16 = dtype == DType::bf16;

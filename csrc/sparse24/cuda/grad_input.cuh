@@ -72,7 +72,7 @@ grad_input_kernel(dense::Matrix dy, const unsigned char* records, uint16_t* dx, 
     if (step < steps)
       dense::copy_tile<dense::Narrow, S::kRows, S::kThreads>(
           ring + static_cast<int>(step % S::kStages) * S::kStage, dy, row0, step * S::kPanel);
-    dev::cp_async_commit();  // empty behind the last step: the waits count groups
+    dev::cp_async_commit();  // empty behind the last step, so that the last waits are for all that was copied
   };
   // Parts come one step ahead of the expansion and two ahead of their use.
   const auto part_of = [&](int64_t step) {
@@ -86,7 +86,7 @@ grad_input_kernel(dense::Matrix dy, const unsigned char* records, uint16_t* dx, 
   float sums[S::kWarpRows / 16][4][4] = {};
   const int row = S::kWarpRows * (dev::warp() % 2), column = 32 * (dev::warp() / 2);
   for (int64_t step = 0; step < steps; ++step) {
-    LISSOM_SYNC(1, dev::cp_async_wait<S::kStages - 2>());
+    LISSOM_WAIT(1, S::kStages - 2);
     LISSOM_SYNC(2, dev::barrier());  // dy and W of this step are there; nobody reads those of the last one
     copy_stage(step + S::kStages - 1);
     store_part(part, expanded + static_cast<int>((step + 1) % 2) * S::kDense);
@@ -95,8 +95,7 @@ grad_input_kernel(dense::Matrix dy, const unsigned char* records, uint16_t* dx, 
         sums, ring + static_cast<int>(step % S::kStages) * S::kStage,
         expanded + static_cast<int>(step % 2) * S::kDense, row, column);
   }
-  LISSOM_SYNC(3, dev::cp_async_wait<0>());
-  LISSOM_SYNC(4, dev::barrier());  // the ring is free
+  LISSOM_SYNC(3, dev::barrier());  // the ring is free
 
   const int g = dev::lane() / 4, t = dev::lane() % 4;
   LISSOM_UNROLL for (int i = 0; i < S::kWarpRows / 16; ++i) {
@@ -107,7 +106,7 @@ grad_input_kernel(dense::Matrix dy, const unsigned char* records, uint16_t* dx, 
           .store(0, dev::pack<T>(sums[i][j][2 * half], sums[i][j][2 * half + 1]));
     }
   }
-  LISSOM_SYNC(5, dev::barrier());
+  LISSOM_SYNC(4, dev::barrier());
   // Fours: rows of dx are aligned to no more.
   using Four = dev::Vec<uint16_t, 4>;
   for (int i = dev::thread(); i < S::kRows * S::kColumns / 4; i += S::kThreads) {

@@ -9,7 +9,6 @@ using namespace lissom::sparse24;
 extern "C" int lissom_sparse24_mask_mm(DType dtype, const void* dy, int64_t dy_stride, const void* x,
                                        int64_t x_stride, const uint8_t* meta, void* values, int64_t m,
                                        int64_t n, int64_t k, void* stream) {
-  constexpr int kWrongArgument = 1;  // cudaErrorInvalidValue
   if (n == 0 || k == 0) return 0;
   if (dtype == DType::f32 || dy_stride % 8 || x_stride % 8) return kWrongArgument;
   const int64_t tiles =

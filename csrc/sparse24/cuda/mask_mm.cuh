@@ -53,7 +53,7 @@ mask_mm_kernel(dense::Matrix dy, dense::Matrix x, const uint8_t* meta, uint16_t*
       dense::copy_tile<dense::Wide, S::kTokens, S::kThreads>(stage, dy, step * S::kTokens, row0);
       dense::copy_tile<dense::Wide, S::kTokens, S::kThreads>(stage + S::kTile, x, step * S::kTokens, column0);
     }
-    dev::cp_async_commit();  // empty behind the last step: the waits count groups
+    dev::cp_async_commit();  // empty behind the last step, so that the last waits are for all that was copied
   };
 
   for (int i = dev::thread(); i < S::kRows * S::kMetaBytesOfRow; i += S::kThreads) {
@@ -65,14 +65,13 @@ mask_mm_kernel(dense::Matrix dy, dense::Matrix x, const uint8_t* meta, uint16_t*
   const int row = 64 * (dev::warp() % S::kWarpsDown), column = 32 * (dev::warp() / S::kWarpsDown);
   for (int step = 0; step < S::kStages - 1; ++step) copy_stage(step);
   for (int64_t step = 0; step < steps; ++step) {
-    LISSOM_SYNC(1, dev::cp_async_wait<S::kStages - 2>());
+    LISSOM_WAIT(1, S::kStages - 2);
     LISSOM_SYNC(2, dev::barrier());  // this stage has come for all; all have read the one that is filled next
     copy_stage(step + S::kStages - 1);
     const auto stage = ring + static_cast<int>(step % S::kStages) * 2 * S::kTile;
     dense::multiply_stage<T, 4, true>(sums, stage, stage + S::kTile, row, column);
   }
-  LISSOM_SYNC(3, dev::cp_async_wait<0>());
-  LISSOM_SYNC(4, dev::barrier());  // the ring is free, the metadata is there
+  LISSOM_SYNC(3, dev::barrier());  // the ring is free, the metadata is there
 
   const int g = dev::lane() / 4, t = dev::lane() % 4;
   LISSOM_UNROLL for (int i = 0; i < 4; ++i) {
@@ -85,7 +84,7 @@ mask_mm_kernel(dense::Matrix dy, dense::Matrix x, const uint8_t* meta, uint16_t*
       }
     }
   }
-  LISSOM_SYNC(5, dev::barrier());
+  LISSOM_SYNC(4, dev::barrier());
   // Pairs: rows of values are aligned to no more.
   for (int i = dev::thread(); i < S::kRows * S::kColumns / 4; i += S::kThreads) {
     const int r = i / (S::kColumns / 4), quad = i % (S::kColumns / 4);

@@ -24,8 +24,6 @@ int unpack(const unsigned char* packed, void* values, uint8_t* meta, int64_t n, 
                      packed, static_cast<typename CanonicalView<Bytes>::Kept*>(values), meta, n, k);
 }
 
-constexpr int kWrongArgument = 1;  // cudaErrorInvalidValue
-
 }  // namespace
 
 extern "C" {
