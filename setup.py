@@ -49,12 +49,14 @@ class CMakeBuild(build_ext):
             f"-DLISSOM_TORCH={torch_folder()}",
             f"-DLISSOM_CUDA={cuda_choice()}",
         ]
-        configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
         # An earlier isolated build may have left the path of a ninja that is gone by now in CMake's cache.
         configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run([*configure, f"-Dpybind11_DIR={pybind11_cmake()}"], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        # Not linked there directly: builds of another tag share the target, and would take it for their own.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
 
 
 def pybind11_cmake() -> str:

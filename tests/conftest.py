@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for all tests: tiers, dtypes, kernel paths, tiny models."""
+"""Fixtures for all tests: tiers, dtypes, kernel paths, tiny models. The option --no-skip, the marker `cuda`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 import lissom
 from lissom import testing
+
+
+CUDA_FOLDERS = [Path(__file__).parent / name for name in ("simt", "ptx", "sass")]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=2000,
         help="random problems of each fuzz test, over all tiers (default: %(default)s)",
     )
+    parser.addoption("--no-skip", action="store_true", help="a skipped test fails, unless marked optional")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in CUDA_FOLDERS):
+            item.add_marker("cuda")
+
+
+def _must_not_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skip into a failure that says what was missing."""
+    if report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"--no-skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("--no-skip") and item.get_closest_marker("optional") is None:
+        _must_not_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if collector.config.getoption("--no-skip"):
+        _must_not_skip(report)
+    return report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
