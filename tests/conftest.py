@@ -14,7 +14,6 @@ from torch import nn
 import lissom
 from lissom import testing
 
-
 CUDA_FOLDERS = [Path(__file__).parent / name for name in ("simt", "ptx", "sass")]
 
 
