@@ -33,7 +33,7 @@ fi
 cache=$PWD/.cache/cuda-toolchain
 folder=$cache/$variant
 bin=$folder/$inside/bin
-want=$(printf '%s\n' "$cache" "${packages[@]}")
+want=$(printf "%s\n" "${packages[@]}")
 
 new=
 trap '[ -z "$new" ] || rm -rf "$new"' EXIT
