@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`build`: programs that run kernels on the executor."""
+"""Builds programs that run kernels on the executor."""
 
 from __future__ import annotations
 
@@ -11,40 +11,58 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-EXECUTOR = [HERE / f"{name}.cpp" for name in ("executor", "memory", "counters")]
+EXECUTOR = ("executor.cpp", "memory.cpp", "counters.cpp")
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror")
+SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
-Build = Callable[..., Path]
+
+class Builder:
+    """Compiles sources (.cpp, .cu) against dev.cuh's host half and links the executor, each object once a session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        # A sanitizer that was preloaded for torch would get in the way of the programs' own.
+        self.environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+
+    def _compile(self, source: Path, flags: tuple[str, ...]) -> Path:
+        target = self.folder / f"{source.name}-{abs(hash((source, flags)))}.o"
+        if not target.exists():
+            command = [self.compiler, "-std=c++20", *WARNINGS, *flags, "-DLISSOM_SIMT"]
+            command += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", str(source), "-o", str(target)]
+            subprocess.run(command, check=True, env=self.environment)
+        return target
+
+    def program(self, *sources: str | Path, sanitize: bool = False, flags: tuple[str, ...] = ()) -> Path:
+        """Path of the program made of `sources` (names in this folder, or paths), warnings being errors.
+
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        """
+        flags = (*(SANITIZERS if sanitize else ("-O1",)), *flags)
+        objects = [self._compile(HERE / source, flags) for source in (*sources, *EXECUTOR)]
+        target = self.folder / f"{Path(sources[0]).stem}-{abs(hash(tuple(objects)))}"
+        if not target.exists():
+            # -rdynamic: reports and counters find the kernels' names.
+            link = [self.compiler, *flags, "-rdynamic", *map(str, objects), "-o", str(target), "-ldl"]
+            subprocess.run(link, check=True, env=self.environment)
+        return target
+
+    def run(self, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(program), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment)
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(*sources, flags=(), first=None): a program of these files and the executor, each compiled once a session.
-
-    The first file looks for headers in the folder `first` before ours.
-    """
-    if COMPILER is None:
+def simt(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    builder = Builder(tmp_path_factory.mktemp("simt"))
+    if builder.compiler is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("simt")
-    made: dict[object, Path] = {}
+    return builder
 
-    def compiled(source: Path, flags: tuple[str, ...]) -> Path:
-        if (source, flags) not in made:
-            target = made[source, flags] = folder / f"{len(made)}.o"
-            command = [COMPILER, "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-DLISSOM_SIMT", *flags]
-            command += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-c", "-x", "c++", str(source), "-o", str(target)]
-            subprocess.run(command, check=True)
-        return made[source, flags]
 
-    def program(*sources: Path, flags: tuple[str, ...] = (), first: Path | None = None) -> Path:
-        changed = (f"-I{first}",) if first else ()
-        objects = [compiled(sources[0], (*changed, *flags))]
-        objects += [compiled(source, flags) for source in (*sources[1:], *EXECUTOR)]
-        target = folder / f"{objects[0].stem}.program"
-        command = [COMPILER, *flags, "-rdynamic", *map(str, objects), "-o", str(target), "-ldl"]
-        subprocess.run(command, check=True)
-        return target
-
-    return program
+@pytest.fixture(scope="session", params=[False, True], ids=["plain", "sanitized"])
+def build(request: pytest.FixtureRequest, simt: Builder) -> Callable[..., Path]:
+    """simt.program, plain and with sanitizers."""
+    return lambda *sources, **options: simt.program(*sources, sanitize=request.param, **options)

@@ -83,7 +83,13 @@ std::string name_of(const void* kernel) {
   char* readable = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
   std::string name = status == 0 ? readable : info.dli_sname;
   free(readable);
-  return name;
+  if (name.starts_with("void ")) name.erase(0, 5);
+  size_t at = name.size();  // cut the parameters: back to the bracket that the last one closes
+  for (int depth = 0; at > 0 && name.back() == ')';) {
+    depth += name[--at] == ')' ? 1 : name[at] == '(' ? -1 : 0;
+    if (depth == 0) break;
+  }
+  return name.substr(0, at);
 }
 
 std::string ranges(const std::vector<int>& threads) {
