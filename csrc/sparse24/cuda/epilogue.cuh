@@ -20,8 +20,6 @@ struct Work {
 
 // --- host: what a launcher checks and derives ---
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // `row_bytes`: what the rows of x must lie on.
@@ -61,12 +59,15 @@ LISSOM_DEVICE float bias_of(const Work& w, int64_t row) {
   return w.p.bias && row < w.p.n ? read_as(w.p.bias_dtype, w.p.bias, row) : 0.0f;
 }
 LISSOM_DEVICE float scale_of(const Work& w, int64_t row) {
-  return row < w.p.n ? dev::load(w.p.scale_w + row) : 0.0f;
+  return w.p.scale_w && row < w.p.n ? dev::load(w.p.scale_w + row) : 0.0f;
 }
-// The sum as a number, with the bias; `scale` is that of the row of W.
-LISSOM_DEVICE float affine(const Work&, int64_t, float sum, float, float bias) { return sum + bias; }
-LISSOM_DEVICE float affine(const Work& w, int64_t token, int sum, float scale, float bias) {
-  return dev::fma(static_cast<float>(sum), scale * dev::load(w.p.scale_x + token), bias);
+LISSOM_DEVICE float token_scale_of(const Work& w, int64_t token) {
+  return w.p.scale_x ? dev::load(w.p.scale_x + token) : 0.0f;
+}
+// The sum as a number, with the bias; only int8 has a scale.
+LISSOM_DEVICE float affine(float sum, float, float bias) { return sum + bias; }
+LISSOM_DEVICE float affine(int sum, float scale, float bias) {
+  return dev::fma(static_cast<float>(sum), scale, bias);
 }
 
 template <int Count>

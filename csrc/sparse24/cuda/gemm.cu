@@ -41,7 +41,7 @@ int lissom_sparse24_gemm(const LissomLinear* linear, int tile, int splits, void*
   if (p.m == 0 || p.n == 0) return 0;
   if (!valid(p, 16) || tile < 0 || tile >= kTileCount || splits < 1 || !aligned(workspace, 16) ||
       workspace_bytes < lissom_sparse24_gemm_workspace(p.m, p.n, splits))
-    return kInvalidValue;
+    return kWrongArgument;
   const Work work = work_of(p, splits, workspace);
   constexpr std::make_integer_sequence<int, kTileCount> kAll{};
   if (p.dtype == sm80::kInt8) return choose_gemm<int8_t>(tile, work, stream, kAll);

@@ -254,7 +254,7 @@ struct Gemm {
       }
     }
     LISSOM_SYNC(6, dev::barrier());
-    if (w.splits > 1) return store_rows<Sum, 4>();
+    if (w.splits > 1) return store_rows<float, 4, true>();
     if (w.p.out == static_cast<int>(DType::f32)) return store_rows<float, 4>();
     if constexpr (kBytes == 2) return store_rows<T, 8>();
     if (w.p.out == static_cast<int>(DType::bf16)) return store_rows<dev::bf16, 8>();
@@ -263,7 +263,7 @@ struct Gemm {
 
   // A thread takes Count rows of one token; the 32 / Count threads of a panel stand beside each other, and the next token's rows
   // lie four banks further: no conflict.
-  template <class Out, int Count>
+  template <class Out, int Count, bool kPartial = false>
   LISSOM_DEVICE void store_rows() const {
     constexpr int kPerRow = 32 / Count, kPieces = kTilePanels * kTile.tokens * kPerRow;
     for (int i = dev::thread(); i < kPieces; i += kThreads) {
@@ -276,15 +276,14 @@ struct Gemm {
         const auto piece = dev::shared<dev::Vec<Sum, 4>>(4 * at).load();
         LISSOM_UNROLL for (int j = 0; j < 4; ++j) total[q + j] = k == 0 ? piece[j] : total[q + j] + piece[j];
       }
-      if (w.splits > 1)
+      if constexpr (kPartial)
         store_partial(token, row, total);
       else
         store_final<Out>(token, row, total);
     }
   }
 
-  template <int Count>
-  LISSOM_DEVICE void store_partial(int token, int row, const Sum (&total)[Count]) const {
+  LISSOM_DEVICE void store_partial(int token, int row, const Sum (&total)[4]) const {
     const int64_t width = 32 * w.panels, n = 32 * first_panel + row;
     if (n >= width) return;
     Sum* to = static_cast<Sum*>(w.partial) + (dev::block_y() * w.p.m + first_token + token) * width + n;
@@ -295,9 +294,10 @@ struct Gemm {
   template <class Out, int Count>
   LISSOM_DEVICE void store_final(int token, int row, const Sum (&total)[Count]) const {
     const auto bias = dev::shared<float>(kTermsAt) + row, scale = bias + kTile.rows;
+    const float token_scale = kBytes == 1 ? token_scale_of(w, first_token + token) : 0.0f;
     float v[Count];
     LISSOM_UNROLL for (int i = 0; i < Count; ++i) v[i] =
-        affine(w, first_token + token, total[i], kBytes == 1 ? scale.load(i) : 1.0f, bias.load(i));
+        affine(total[i], kBytes == 1 ? token_scale * scale.load(i) : 0.0f, bias.load(i));
     finish<Out>(w, first_token + token, 32 * first_panel + row, v);
   }
 };
@@ -327,9 +327,10 @@ sparse24_reduce(const Work w) {
     const auto piece = dev::load(reinterpret_cast<const dev::Vec<Sum, 4>*>(from));
     LISSOM_UNROLL for (int j = 0; j < 4; ++j) total[j] += piece[j];
   }
+  const float token_scale = token_scale_of(w, token);
   float v[4];
   LISSOM_UNROLL for (int j = 0; j < 4; ++j) v[j] =
-      affine(w, token, total[j], w.p.scale_w ? scale_of(w, row + j) : 1.0f, bias_of(w, row + j));
+      affine(total[j], token_scale * scale_of(w, row + j), bias_of(w, row + j));
   switch (static_cast<DType>(w.p.out)) {
     case DType::f32: return finish<float>(w, token, row, v);
     case DType::bf16: return finish<dev::bf16>(w, token, row, v);
