@@ -101,6 +101,10 @@ class Gram:
         tokens = torch.tensor([self.tokens])
         self.tokens = int(ranks.sum_(tokens))
 
+    def clear(self) -> None:
+        """Give the memory of the sum back; width, name and number of tokens stay."""
+        self._panels = []
+
     def matrix(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The sum as a full symmetric matrix.
 

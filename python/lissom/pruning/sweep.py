@@ -175,6 +175,8 @@ class _Statistics:
         if few and run.settings.damp is None and run.settings.compensates:
             self.half = Gram(columns, first.group, device=device)
         self._crossed = False
+        self._moments: Moments | None = None
+        self.dead = 0  # inputs that were zero on every token; known with the moments
 
     def add(self, tokens: torch.Tensor, dense: torch.Tensor | None = None) -> None:
         if len(tokens) == 0:
@@ -195,9 +197,15 @@ class _Statistics:
             self.cross.sum_over(ranks)
 
     def moments(self, run: Run, dtype: torch.dtype) -> Moments:
-        """What the solver wants."""
-        cross = self.cross.matrix(dtype) if self.cross is not None and self._crossed else None
-        return Moments(self.gram.matrix(dtype), cross, run.settings.target_blend)
+        """What the solver wants. The sums give their memory back, unless a damping must be chosen on them."""
+        if self._moments is None:
+            self.dead = int((self.gram.diagonal() == 0).sum())
+            cross = self.cross.matrix(dtype) if self.cross is not None and self._crossed else None
+            self._moments = Moments(self.gram.matrix(dtype), cross, run.settings.target_blend)
+            self.cross = None
+            if self.half is None:
+                self.gram.clear()
+        return self._moments
 
 
 def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[BlockReport]]:
@@ -321,7 +329,7 @@ def _solve_group(
         method = "magnitude"
     elif statistics is not None:
         moments = statistics.moments(run, dtype)
-        dead = int((statistics.gram.diagonal() == 0).sum())
+        dead = statistics.dead
         damp = _damping(run, pattern, originals, statistics)
     solved = prune_group(
         originals,
