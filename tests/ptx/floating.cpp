@@ -153,9 +153,10 @@ void extreme(Decoder& d, bool maximum) {
 // --- approximations ---
 
 // PTX only bounds their error, so a result is anywhere within the bound, by a hash of seed and operands: code that needs more
-// than is promised fails here.
+// than is promised fails here. Bounds as the PTX ISA states them (from memory, where our copy of its text lacks the tables).
 struct Bound {
-  double relative, absolute;
+  double relative;  // to the result
+  double absolute;  // times max(1, |result|)
 };
 double hash_to_unit(uint64_t seed, uint64_t a, uint64_t b) {  // (-1, 1)
   uint64_t h = seed * 0x9e3779b97f4a7c15 + a;
@@ -179,8 +180,10 @@ void approximate(Decoder& d, int arity, Bound f32, Bound f16, Bound bf16, F exac
     double y = exact(a, b);
     const Options& o = w.block.launch.options;
     if (o.approximate && std::isfinite(y)) {
+      const double rounding = std::ldexp(0.5, -t.format().mantissa);  // of the result, part of the bound
       const double u = hash_to_unit(o.seed, x[0], x[1]);
-      y = y * (1 + bound.relative * u) + bound.absolute * u;
+      if (bound.relative > 0) y *= 1 + (bound.relative - rounding) * u;
+      if (bound.absolute > 0) y += (bound.absolute - rounding) * std::max(1.0, std::fabs(y)) * u;
     }
     if (ftz) y = flush(t.format(), y);
     return encode(t.format(), y);
@@ -191,37 +194,39 @@ constexpr Bound kNone{0, 0};
 
 void ex2(Decoder& d) {
   d.one_of({"approx"});
-  approximate(d, 1, {0x1p-22, 0}, {0x1p-10, 0}, {0x1p-8, 0}, [](double a, double) { return std::exp2(a); });
+  approximate(d, 1, {0x1p-22, 0}, {0x1.12p-10, 0}, {0x1p-7, 0},
+              [](double a, double) { return std::exp2(a); });
 }
 void lg2(Decoder& d) {
   d.one_of({"approx"});
-  approximate(d, 1, {0x1p-23, 0x1p-23}, kNone, kNone, [](double a, double) { return std::log2(a); });
+  approximate(d, 1, {0, 0x1p-22}, kNone, kNone, [](double a, double) { return std::log2(a); });
 }
 void tanh(Decoder& d) {
   d.one_of({"approx"});
-  approximate(d, 1, {0x1p-11, 0}, {0, 0x1p-11}, {0x1p-9, 0}, [](double a, double) { return std::tanh(a); });
+  approximate(d, 1, {0x1p-11, 0}, {0, 0x1.02p-11}, {0x1p-8, 0},
+              [](double a, double) { return std::tanh(a); });
 }
 void rsqrt(Decoder& d) {
   d.one_of({"approx"});
-  approximate(d, 1, {0x1p-23, 0}, kNone, kNone, [](double a, double) { return 1 / std::sqrt(a); });
+  approximate(d, 1, {0x1.12p-23, 0}, kNone, kNone, [](double a, double) { return 1 / std::sqrt(a); });
 }
 void sine(Decoder& d, bool cosine) {
   d.one_of({"approx"});
-  approximate(d, 1, {0, 0x1p-21}, kNone, kNone,
+  approximate(d, 1, {0, 0x1.6ap-21}, kNone, kNone,
               [cosine](double a, double) { return cosine ? std::cos(a) : std::sin(a); });
 }
 void rcp(Decoder& d) {
   if (!d.flag("approx")) return arithmetic(d, kRcp);
-  approximate(d, 1, {0x1p-24, 0}, kNone, kNone, [](double a, double) { return 1 / a; });
+  approximate(d, 1, {0x1p-23, 0}, kNone, kNone, [](double a, double) { return 1 / a; });
 }
 void root(Decoder& d) {
   if (!d.flag("approx")) return arithmetic(d, kSqrt);
-  approximate(d, 1, {0x1p-24, 0}, kNone, kNone, [](double a, double) { return std::sqrt(a); });
+  approximate(d, 1, {0x1p-23, 0}, kNone, kNone, [](double a, double) { return std::sqrt(a); });
 }
 void divide(Decoder& d) {
   if (!is_float(d)) return integer_div(d);
   if (d.any_of({"approx", "full"}).empty()) return arithmetic(d, kDiv);
-  approximate(d, 2, {0x1p-23, 0}, kNone, kNone, [](double a, double b) { return a / b; });
+  approximate(d, 2, {0x1p-22, 0}, kNone, kNone, [](double a, double b) { return a / b; });
 }
 
 void copysign(Decoder& d) {

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `import interpreter` work for the tests of this folder; the tests that need a tool say so when it is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import interpreter
+
+
+@pytest.fixture(autouse=True)
+def _tools(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test needs a C++ compiler, those with the fixture `nvcc` the CUDA compiler; the stand-in starts afresh."""
+    if interpreter.CXX is None:
+        pytest.skip("no C++ compiler")
+    interpreter.library().ptx_reset()
+    yield
+    interpreter.library().ptx_reset()
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    if interpreter.NVCC is None:
+        pytest.skip("no nvcc: third_party/cuda_toolchain.sh installs one")
+    return interpreter.NVCC
