@@ -19,6 +19,7 @@
 namespace simt {
 
 constexpr int kMaxThreads = 1024;
+constexpr uint64_t kPage = 1024;  // bytes of global memory whose history is kept together
 
 struct Copy {
   uint32_t dst;
@@ -70,9 +71,8 @@ struct Launch {
   Run& run;
   Meter meter;
   std::mt19937_64 random;
-  // Pages of 1 KiB.
-  std::unordered_map<uint64_t, std::vector<Written>> written = {};  // cells of two bytes
-  std::unordered_map<uint64_t, std::bitset<1024>> read_only = {};   // bytes read by the read-only path
+  std::unordered_map<uint64_t, std::vector<Written>> written = {};  // cells of two bytes, by page
+  std::unordered_map<uint64_t, std::bitset<kPage>> read_only = {};  // bytes that the read-only path loaded
 };
 
 class Block {

@@ -298,6 +298,23 @@ void warp_barrier(Site at) {
 }
 
 namespace {
+void complete(Block& b, Barrier& barrier, Site at) {
+  const Barrier full = std::move(barrier);
+  barrier = Barrier{};
+  for (int w = 0; w < b.now.threads / 32; ++w) {
+    int lanes = 0;
+    for (int t = 32 * w; t < 32 * w + 32; ++t) {
+      lanes += full.here[t];
+      if (full.waiting[t]) b.clocks.depart(full.joint, t);
+      if (full.waiting[t] && t != b.now.thread) b.wake(t);
+    }
+    if (lanes != 0 && lanes != 32)
+      fail(Kind::divergence, at, "%d lanes of warp %d took part in a barrier; whole warps do", lanes, w);
+    if (lanes) b.launch.meter.meet(w);
+  }
+  if (full.waiting.count() == static_cast<size_t>(b.now.threads)) b.shadow.next_phase();
+}
+
 void arrive(int id, int count, bool wait, Site at, const char* operation) {
   Block& b = block();
   const int thread = b.now.thread;
@@ -320,20 +337,7 @@ void arrive(int id, int count, bool wait, Site at, const char* operation) {
     if (wait) b.pause(operation, at);
     return;
   }
-  const Barrier full = std::move(barrier);
-  barrier = Barrier{};
-  for (int w = 0; w < b.now.threads / 32; ++w) {
-    int lanes = 0;
-    for (int t = 32 * w; t < 32 * w + 32; ++t) {
-      lanes += full.here[t];
-      if (full.waiting[t]) b.clocks.depart(full.joint, t);
-      if (full.waiting[t] && t != thread) b.wake(t);
-    }
-    if (lanes != 0 && lanes != 32)
-      fail(Kind::divergence, at, "%d lanes of warp %d took part in barrier %d; whole warps do", lanes, w, id);
-    if (lanes) b.launch.meter.meet(w);
-  }
-  if (count == b.now.threads && full.waiting.count() == static_cast<size_t>(count)) b.shadow.next_phase();
+  complete(b, barrier, at);
   b.interrupt();
 }
 }  // namespace
@@ -352,7 +356,7 @@ void count_matrix(const char* operation) { ++block().launch.meter.counters().mat
 
 // --- launch ---
 Run::Run() { runs().push_back(this); }
-Run::~Run() { runs().pop_back(); }
+Run::~Run() { std::erase(runs(), this); }
 Run* Run::current() { return runs().empty() ? nullptr : runs().back(); }
 
 const Counters& Run::counters(const std::string& part) const {

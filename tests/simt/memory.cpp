@@ -72,39 +72,39 @@ void Block::check_global_order(const void* p, int bytes, uint16_t mine, Use use)
   const bool write = use == Use::write || use == Use::atomic;
   if (!launch.run.detector || (use == Use::read && launch.written.empty())) return;
   const Place& here = place(mine);
-  const auto text = [](const Place& there) {
-    return std::string(there.operation) + " at " + there.at.file_name() + ":" +
-           std::to_string(there.at.line());
-  };
-  for (uint64_t byte = number(p); write && byte < number(p) + bytes; ++byte) {
-    const auto page = launch.read_only.find(byte / 1024);
-    if (page != launch.read_only.end() && page->second[byte % 1024])
-      fail(Kind::read_only, here.at, "%s to bytes that this launch loads by the read-only path",
-           here.operation);
+  const uint64_t page = number(p) / kPage, begin = number(p) % kPage,
+                 end = begin + bytes;  // aligned: one page
+  if (use == Use::read_only) {
+    auto& loaded = launch.read_only[page];
+    for (uint64_t byte = begin; byte < end; ++byte) loaded.set(byte);
   }
-  for (uint64_t byte = number(p); use == Use::read_only && byte < number(p) + bytes; ++byte)
-    launch.read_only[byte / 1024].set(byte % 1024);
-  for (uint64_t cell = number(p) / 2; 2 * cell < number(p) + bytes; ++cell) {
-    auto page = launch.written.find(cell / 512);
-    if (page == launch.written.end()) {
-      if (!write) continue;
-      page = launch.written.emplace(cell / 512, std::vector<Written>(512)).first;
-    }
-    Written& last = page->second[cell % 512];
+  if (const auto loaded = launch.read_only.find(page); write && loaded != launch.read_only.end())
+    for (uint64_t byte = begin; byte < end; ++byte)
+      if (loaded->second[byte])
+        fail(Kind::read_only, here.at, "%s to bytes that this launch loads by the read-only path",
+             here.operation);
+  auto found = launch.written.find(page);
+  if (found == launch.written.end()) {
+    if (!write) return;
+    found = launch.written.emplace(page, std::vector<Written>(kPage / 2)).first;
+  }
+  for (uint64_t cell = begin / 2; 2 * cell < end; ++cell) {
+    Written& last = found->second[cell];
     Access a = access(mine);
-    a.bytes =
-        static_cast<uint8_t>((2 * cell >= number(p) ? 1 : 0) | (2 * cell + 1 < number(p) + bytes ? 2 : 0));
+    a.bytes = static_cast<uint8_t>((2 * cell >= begin ? 1 : 0) | (2 * cell + 1 < end ? 2 : 0));
     a.atomic = use == Use::atomic;
-    const bool known = last.by.bytes & a.bytes, here_too = last.block == block_number;
+    const bool known = last.by.bytes & a.bytes, same_block = last.block == block_number;
     const bool ordered =
-        here_too && (last.several ? last.phase != shadow.phase() : clocks.ordered(last.by, now.thread));
+        same_block && (last.several ? last.phase != shadow.phase() : clocks.ordered(last.by, now.thread));
+    const Place& there = place(last.by.site);
     if (known && use == Use::read_only)
-      fail(Kind::read_only, here.at, "%s of bytes that this launch writes: %s", here.operation,
-           text(place(last.by.site)).c_str());
+      fail(Kind::read_only, here.at, "%s of bytes that this launch writes: %s at %s:%u", here.operation,
+           there.operation, there.at.file_name(), there.at.line());
     if (known && !ordered && !(a.atomic && last.by.atomic))
       fail(Kind::race, here.at,
-           "%s of %d bytes at %p of global memory, not ordered against\n  %s, block %u thread %d",
-           here.operation, bytes, p, text(place(last.by.site)).c_str(), last.block, last.by.thread);
+           "%s of %d bytes at %p of global memory, not ordered against\n  %s at %s:%u, block %u thread %d",
+           here.operation, bytes, p, there.operation, there.at.file_name(), there.at.line(), last.block,
+           last.by.thread);
     if (write) last = {block_number, a, known && !ordered, shadow.phase()};
   }
 }

@@ -10,6 +10,11 @@
 //     run.counters("my_kernel").matrix.at("mma_sp_m16n8k32")
 //
 // The first fault ends the launch (it returns kLaunchFailure) and refuses later ones. What is reported: Kind, below.
+//
+// Built with g++ -std=c++20 -rdynamic; kernels with external linkage, else they have no name in reports and counters.
+// Not modelled: time, weak ordering of memory between blocks (a kernel in which one block needs another's data is reported), the
+// rounding of tensor cores, limits on registers, launch bounds. Reads of global memory are remembered only on the read-only path, so
+// a plain read that another thread then overwrites is found when some schedule turns the two around.
 #pragma once
 
 #include <stdint.h>
