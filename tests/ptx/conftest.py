@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `import interpreter` work for the tests of this folder; the tests that need a tool say so when it is missing."""
+"""Makes `import interpreter` work for the tests of this folder; says which tool is missing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import interpreter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--triton-python", help="Python of an environment that has Triton, for tests/ptx/test_triton.py"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ import numpy as np
 
 HEAD = ".version 8.5\n.target sm_90\n.address_size 64\n"
 NUMPY = {
-    "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16, "f16": np.uint16,
+    "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
+    "f16": np.uint16,
     "bf16": np.uint16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64,
     "s64": np.int64, "b64": np.uint64, "f64": np.float64,
 }  # fmt: skip

@@ -299,3 +299,16 @@ def _counts(handle: Any, kernel: str) -> list[tuple[int, int, str]]:
 
 def load(text: str) -> Module:
     return Module(text)
+
+
+# --- stand-in ---
+
+
+def set_options(**how: Any) -> None:
+    """Options of the launches that come through the stand-in, until ptx_reset."""
+    library().ptx_set_options(ctypes.byref(options(**how)))
+
+
+def launched_counts(kernel: str) -> list[tuple[int, int, str]]:
+    """Module.counts of a kernel that the stand-in has run, by its full name."""
+    return _counts(None, kernel)

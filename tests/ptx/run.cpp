@@ -144,16 +144,18 @@ Warp* Block::choose() {
 
 void Block::report_deadlock() {
   std::string text = "divergent or dead:";
+  const auto line = [&](int pc) {
+    return " at line " + std::to_string(kernel_.code[pc].line) + " \"" + std::string(kernel_.code[pc].text) +
+           "\"";
+  };
   for (auto& w : warps_) {
     if (!w->live) continue;
     text += " warp " + std::to_string(w->index);
-    if (w->waiting) text += " waits at barrier " + std::to_string(w->call.id);
+    if (w->waiting) text += " waits at barrier " + std::to_string(w->call.id) + line(w->pc);
     for (const auto& g : w->armed) {
-      const Instruction& in = kernel_.code[g.pc];
-      char lanes[16];
-      snprintf(lanes, sizeof lanes, "%08x", g.lanes);
-      text += std::string(": lanes ") + lanes + " wait for others at line " + std::to_string(in.line) +
-              " \"" + std::string(in.text) + "\"";
+      char lanes[40];
+      snprintf(lanes, sizeof lanes, " lanes %08x wait for others", g.lanes);
+      text += lanes + line(g.pc);
     }
     text += ";";
   }
@@ -229,6 +231,9 @@ void Block::gather(Warp& w, int pc, uint32_t active) {
         if ((here >> l & 1) && static_cast<uint32_t>(w.at(in.member, l)) == mask) set |= 1u << l;
       if (set & ~mask)
         fault("lanes %08x execute a collective whose member mask %08x does not name them", set & ~mask, mask);
+      // PTX would go on without them; but which lanes have left by then is a matter of timing.
+      if (mask & ~w.live)
+        fault("divergent collective: its mask names lanes %08x, which have left", mask & ~w.live);
     }
     here &= ~set;
     if (set == (mask & w.live))

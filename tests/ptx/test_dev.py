@@ -129,7 +129,7 @@ def test_dense_product(dev, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sparse_product_with_the_metadata_of_torch(dev, dtype):
-    """Word l of a 32 x 32 block in torch's CUTLASS layout feeds lane l, selector 0 for rows 0-15 and 1 for rows 16-31."""
+    """Word l of a 32 x 32 block in torch's CUTLASS layout feeds lane l; selector 0 for rows 0-15, else 1."""
     for _ in range(5):
         w = torch.where(two_of_four(32, 64), sixty_fourths(32, 64), 0.0).to(dtype)
         x = sixty_fourths(8, 64).to(dtype)
@@ -214,7 +214,7 @@ def test_every_wrapper_is_used_here():
 
 
 def test_every_asm_text_was_executed(dev):
-    """Runs last. The opcodes in the asm texts of dev.cuh are all among what the tests above ran, wherever nvcc put them."""
+    """Runs last: what the tests above ran has all opcodes of the asm texts of dev.cuh, wherever nvcc put them."""
     texts = re.findall(r'"((?:ld|cp|bar|ldmatrix|cvt)\.[\w.:]+)', device_half())
     texts += [f"mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32" for t in ("bf16", "f16")]
     texts += [

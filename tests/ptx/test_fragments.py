@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shape of mma.sync and mma.sp against float64 or integer products, with fragments built as the PTX ISA words them."""
+"""Every shape of mma.sync and mma.sp against float64 or integer products, fragments built as the PTX ISA words them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fragment(matrix: torch.Tensor, row: list[np.ndarray], column: list[np.ndarra
 
 
 def multiplicand_a(matrix: torch.Tensor) -> np.ndarray:
-    """Element i: rows alternate by register between group and group + 8; columns move on with each pair of registers."""
+    """Element i: rows alternate by register between group and group + 8; columns move on with each pair of them."""
     per = 4 // matrix.element_size()
     count = 16 * matrix.shape[1] // 32
     rows = [GROUP + 8 * (i // per % 2) for i in range(count)]

@@ -241,7 +241,8 @@ def test_atomics_add_up(space, seed):
     )
     if space == "shared":
         lines.append(
-            "@%p1 ld.shared.u32 %r7, [%r8]; cvt.u64.u32 %rd5, %r9; add.s64 %rd5, %rd0, %rd5; @%p1 st.global.u32 [%rd5], %r7;"
+            "@%p1 ld.shared.u32 %r7, [%r8]; cvt.u64.u32 %rd5, %r9; add.s64 %rd5, %rd0, %rd5;"
+            "@%p1 st.global.u32 [%rd5], %r7;"
         )
     out = np.zeros(8, np.uint32)
     interpreter.load(kernel("\n".join(lines), ["u64"], shared)).launch("test", 1, 64, [out], seed=seed)

@@ -266,10 +266,8 @@ def test_square_root_in_each_rounding_mode(mode):
 def test_packed_arithmetic_rounds_once(kind, op):
     """Against exact fractions: a fused operation in double and rounded again would fail on the ties."""
     bits = RNG.integers(0, 65536, (3, 4000)).astype(np.uint16)
-    if kind == "bf16":
-        bits = (bits & 0x83FF) | 0x3C00
-    else:
-        bits = (bits & 0x9FFF) | 0x2000
+    keep, exponent = (0x83FF, 0x3C00) if kind == "bf16" else (0x9FFF, 0x2000)
+    bits = (bits & keep) | exponent
     values = as_float(kind, bits)
     count = 3 if op == "fma" else 2
     pairs = [("b32", b[:2000].astype(np.uint32) << 16 | b[2000:]) for b in bits[:count]]
