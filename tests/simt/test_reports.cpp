@@ -123,8 +123,9 @@ const Case kCases[] = {
     {"an atomic, then a plain read", Kind::race,
      [](float*, uint32_t*) {
        fill();
-       dev::atomic_add(words, 1u);
-       words.load(0);
+       if (dev::lane() == 0) dev::atomic_add(words + dev::warp(), 1u);
+       dev::shuffle(1, 0);  // comes later, but nothing orders it
+       if (dev::lane() == 1) words.load(dev::warp());
      }},
     {"a plain read, then an atomic", Kind::race,
      [](float*, uint32_t*) {
