@@ -72,6 +72,8 @@ def _gemm(index: int) -> tuple[Rule, ...]:
             registers=f"65536 / (sparse24::threads({tile}) * {tile}.min_blocks)",
             blocks=(f"{tile}.min_blocks", f"{shared} <= 99 * 1024"),
             shared=shared,
+            # An A100 takes 8 cycles for each of them: with more instructions, large M would wait for those.
+            loop=f"8 * {per_warp}" if index < 3 else 0,
             require={opcode: per_warp, "LDSM": 1, **PIPELINE},
             forbid=("HMMA.16816", "IMMA.16832"),  # dense
         )
