@@ -12,11 +12,11 @@ TORCH_LIBRARY(lissom, m) {
   m.def("sparse24_check(Tensor w) -> Tensor");
   // int64 [3]: is every nibble legal (0/1), first bad row, first bad quad.
   m.def("sparse24_check_meta(Tensor meta, SymInt K) -> Tensor");
-  // Kernel layout of a target ("cpu-v1"), uint8 [bytes]; validates the metadata.
-  m.def("sparse24_pack(Tensor values, Tensor meta, str target=\"cpu-v1\") -> Tensor");
+  // Kernel layout of a target ("cpu-v1", "sm80-v1"; None: of the device), uint8 [bytes]; validates the metadata.
+  m.def("sparse24_pack(Tensor values, Tensor meta, str? target=None) -> Tensor");
   // Inverse of pack. dtype may be left out where the header can be read (not while tracing).
   m.def(
-      "sparse24_unpack(Tensor packed, SymInt N, SymInt K, str target=\"cpu-v1\", *, ScalarType? dtype=None)"
+      "sparse24_unpack(Tensor packed, SymInt N, SymInt K, str? target=None, *, ScalarType? dtype=None)"
       " -> (Tensor values, Tensor meta)");
   // The GEMM. x [..., K] -> y [..., N] in x's type, or float32 by out_dtype.
   m.def(

@@ -185,6 +185,15 @@ def test_twin_gives_the_same_bytes(name, dtype):
         assert torch.equal(a, b)
 
 
+@given(weights(sparse=False))
+@settings(max_examples=100, deadline=None)
+def test_twin_keeps_the_same_two(w):
+    for ours, theirs in zip(
+        ops.sparse24_compress(w, pattern="magnitude"), twin.compress(w, pattern="magnitude"), strict=True
+    ):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
 def test_first_bad_quad_is_the_first_in_any_number_of_threads():
     w = torch.zeros(1000, 64)
     w[[700, 900], 8:11] = 1

@@ -33,7 +33,7 @@ def way(index: int) -> None:
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: object, **memory: object) -> int:
-    """A launcher on tensors and numbers; `memory` is the global memory that it may touch, const() where only to be read."""
+    """A launcher on tensors and numbers. `memory`: what it may touch, const() where it may only read."""
     plain = [
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a) for a in arguments
     ]

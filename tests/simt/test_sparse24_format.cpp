@@ -106,6 +106,15 @@ void check_formats(int64_t n, int64_t k, const Way& way, uint64_t seed) {
                                                                           got.data(), n, k, bytes, nullptr);
                                       },
                                       [&] { return same("w", got.data(), again); }));
+    std::vector<T> kept(values.size());
+    gather_rows(w.data(), {n, k, kept.data(), meta.data(), bytes}, 0, 0, n);
+    expect("gather " + where, attempt(
+                                  way,
+                                  [&] {
+                                    return lissom_sparse24_gather(dense.data(), got_meta.data(),
+                                                                  got_values.data(), n, k, bytes, nullptr);
+                                  },
+                                  [&] { return same("values", got_values.data(), kept); }));
     for (size_t i = 0; i < meta.size(); ++i)
       if (random.below(1 + 40 * sparse) == 0 || !sparse)
         got_meta[i] = meta[i] = static_cast<uint8_t>(random.bits());

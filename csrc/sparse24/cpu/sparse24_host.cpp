@@ -13,54 +13,21 @@
 #include <tuple>
 #include <vector>
 
-#include "core/check.h"
 #include "core/huge_pages.h"
 #include "core/parallel.h"
-#include "sparse24/sparse24.h"
+#include "sparse24/host_checks.h"
 
 namespace lissom::sparse24 {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMostSize = int64_t{1} << 30;  // of N and K in a header: bytes then stay inside int64
 constexpr int64_t kRowGrain = 64;
 constexpr int64_t kPage = 4096;
 constexpr int64_t kGuardPages = 4;                // between the scratch of two threads
 constexpr int64_t kPackGrain = 2;                 // tiles of x
 constexpr int64_t kLeastWork = int64_t{1} << 18;  // multiply-adds that are worth a thread
 constexpr int64_t kDenseBlock = 256;              // rows of W that the backward pass holds as dense
-
-DType element_type(const char* op, const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: break;
-  }
-  TORCH_CHECK_TYPE(false, "lissom::", op, ": ", name, " must be float32, bfloat16 or float16; got ",
-                   t.scalar_type());
-}
-
-at::ScalarType scalar_type(DType t) {
-  return t == DType::f32 ? at::kFloat : t == DType::bf16 ? at::kBFloat16 : at::kHalf;
-}
-
-Canonical canonical(const Tensor& values, const Tensor& meta) {
-  return {values.size(0), values.size(1) * 2, values.mutable_data_ptr(),
-          static_cast<uint8_t*>(meta.mutable_data_ptr()), static_cast<int64_t>(values.element_size())};
-}
-
-void check_canonical(const char* op, const Tensor& values, const Tensor& meta, int64_t k) {
-  element_type(op, values, "values");
-  TORCH_CHECK_TYPE(meta.scalar_type() == at::kByte, "lissom::", op, ": meta must be uint8; got ",
-                   meta.scalar_type());
-  TORCH_CHECK_VALUE(values.dim() == 2 && k >= 0 && k % 4 == 0 && values.size(1) * 2 == k, "lissom::", op,
-                    ": values must be [N, K/2] with K a multiple of 4; got ", shape_of(values), " and K=", k);
-  TORCH_CHECK_VALUE(meta.dim() == 2 && meta.size(0) == values.size(0) && meta.size(1) == meta_columns(k),
-                    "lissom::", op, ": meta must be [N=", values.size(0), ", ceil(K/8)=", meta_columns(k),
-                    "]; got ", shape_of(meta));
-}
 
 // Least bad quad over all rows, by blocks in parallel.
 template <class F>
@@ -83,10 +50,7 @@ BadQuad first_bad_meta(const Tensor& meta, int64_t k) {
 }
 
 void require_legal_meta(const char* op, const Tensor& meta, int64_t k) {
-  const BadQuad bad = first_bad_meta(meta, k);
-  TORCH_CHECK_VALUE(bad.row < 0, "lissom::", op, ": corrupt metadata: row ", bad.row, ", quad ", bad.quad,
-                    " holds nibble 0x", "0123456789ABCDEF"[bad.found & 15],
-                    "; wanted one of 0x4 0x8 0x9 0xC 0xD 0xE (and 0x0 behind the last quad)");
+  require_legal(op, first_bad_meta(meta, k));
 }
 
 Tensor verdict(const BadQuad& bad) {
@@ -94,12 +58,6 @@ Tensor verdict(const BadQuad& bad) {
 }
 
 // --- format -------------------------------------------------------------------------------------------------------------
-
-void check_dense(const char* op, const Tensor& w) {
-  element_type(op, w, "w");
-  TORCH_CHECK_VALUE(w.dim() == 2, "lissom::", op, ": w must be [N, K]; got ", shape_of(w));
-  TORCH_CHECK_VALUE(w.size(1) % 4 == 0, "lissom::", op, ": K must be a multiple of 4; got w ", shape_of(w));
-}
 
 BadQuad first_bad_dense(const Tensor& w) {
   const int64_t k = w.size(1);
@@ -110,17 +68,10 @@ BadQuad first_bad_dense(const Tensor& w) {
 
 std::tuple<Tensor, Tensor> compress(const Tensor& w_in, c10::string_view pattern) {
   check_dense("sparse24_compress", w_in);
-  const bool keep_largest = pattern == "magnitude";
-  LISSOM_CHECK_VALUE("sparse24_compress", keep_largest || pattern == "auto",
-                     "pattern must be \"auto\" or \"magnitude\"; got \"", pattern, "\"");
+  const bool keep_largest = keeps_largest(pattern);
   const Tensor w = w_in.contiguous();
   const int64_t n = w.size(0), k = w.size(1);
-  if (!keep_largest) {
-    const BadQuad bad = first_bad_dense(w);
-    LISSOM_CHECK_VALUE("sparse24_compress", bad.row < 0, "w is not 2:4 sparse: row ", bad.row, ", quad ",
-                       bad.quad, " (columns ", 4 * bad.quad, "..", 4 * bad.quad + 3, ") has ", bad.found,
-                       " non-zeros, at most 2 are allowed; prune it first or pass pattern=\"magnitude\"");
-  }
+  if (!keep_largest) require_24(first_bad_dense(w));
   Tensor values = at::empty({n, k / 2}, w.options());
   Tensor meta = at::empty({n, meta_columns(k)}, w.options().dtype(at::kByte));
   const Canonical out = canonical(values, meta);
@@ -146,28 +97,16 @@ Tensor check(const Tensor& w) {
 }
 
 Tensor check_meta(const Tensor& meta, int64_t k) {
-  LISSOM_CHECK_TYPE("sparse24_check_meta", meta.scalar_type() == at::kByte, "meta must be uint8; got ",
-                    meta.scalar_type());
-  LISSOM_CHECK_VALUE(
-      "sparse24_check_meta", k >= 0 && k % 4 == 0 && meta.dim() == 2 && meta.size(1) == meta_columns(k),
-      "meta must be [N, ceil(K/8)] with K a multiple of 4; got ", shape_of(meta), " and K=", k);
+  check_meta_shape(meta, k);
   return verdict(first_bad_meta(meta.contiguous(), k));
 }
 
 // --- packed -------------------------------------------------------------------------------------------------------------
 
-void check_target(const char* op, c10::string_view target) {
-  TORCH_CHECK_VALUE(target == "cpu-v1", "lissom::", op,
-                    ": target must be \"cpu-v1\" (the only one in this build); got \"", target, "\"");
-}
-
 // make(bytes, options): where the packed form goes.
 template <class Make>
 Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in, const Make& make) {
-  TORCH_CHECK_VALUE(values_in.dim() == 2, "lissom::", op, ": values must be [N, K/2]; got ",
-                    shape_of(values_in));
-  const int64_t n = values_in.size(0), k = values_in.size(1) * 2;
-  check_canonical(op, values_in, meta_in, k);
+  const int64_t k = check_canonical(op, values_in, meta_in), n = values_in.size(0);
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
   require_legal_meta(op, meta, k);
   const DType t = element_type(op, values, "values");
@@ -181,12 +120,31 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in, 
   return packed;
 }
 
-Tensor pack(const Tensor& values, const Tensor& meta, c10::string_view target) {
-  check_target("sparse24_pack", target);
+// The form of another device, to look at or to save the device the work: on the CPU nothing computes with it.
+Tensor pack_for_sm80(const Tensor& values_in, const Tensor& meta_in) {
+  const int64_t k = check_canonical("sparse24_pack", values_in, meta_in), n = values_in.size(0);
+  const auto t = static_cast<int32_t>(sm80_type("sparse24_pack", values_in));
+  const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
+  require_legal_meta("sparse24_pack", meta, k);
+  Tensor packed = at::empty({sm80::buffer_bytes(n, k, t)}, values.options().dtype(at::kByte));
+  uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  const PackedHeader header = sm80::header(n, k, t);
+  const int64_t end = sm80::packed_bytes(n, k, values.element_size());
+  memset(out, 0, sm80::kHeaderBytes);
+  memcpy(out, &header, sizeof header);
+  memset(out + end, 0, static_cast<size_t>(packed.numel() - end));
+  const Canonical in = canonical(values, meta);
+  parallel(sm80::panels(n), 1, [&](int64_t b, int64_t e) { pack_sm80(in, out, b, e); });
+  return packed;
+}
+
+Tensor pack(const Tensor& values, const Tensor& meta, c10::optional<c10::string_view> target) {
+  if (target_of("sparse24_pack", target, Target::cpu_v1) == Target::sm80_v1)
+    return pack_for_sm80(values, meta);
   return pack_for("sparse24_pack", values, meta, empty_streamed);
 }
 
-DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
+PackedHeader header_of(const char* op, const Tensor& packed) {
   TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous() &&
                   packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
               "lissom::", op,
@@ -194,57 +152,68 @@ DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
               packed.scalar_type(), " ", shape_of(packed));
   PackedHeader h;
   memcpy(&h, packed.const_data_ptr(), sizeof h);
+  return h;
+}
+
+// What both forms' headers must say; `bytes`: length of the whole vector, asked once the sizes are plausible.
+template <class Bytes>
+void check_header(const char* op, const PackedHeader& h, const Tensor& packed, int64_t n, int64_t k,
+                  const Bytes& bytes) {
+  TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k,
+              "; got N=", n, ", K=", k);
+  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
+              ": packed is damaged: its header says N=", n, ", K=", k);
+  TORCH_CHECK(packed.numel() == bytes(), "lissom::", op, ": packed is damaged: N=", n, ", K=", k, " need ",
+              bytes(), " bytes; got ", packed.numel());
+}
+
+DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
+  const PackedHeader h = header_of(op, packed);
+  TORCH_CHECK(memcmp(h.magic, sm80::kMagic, 8) != 0, "lissom::", op,
+              ": packed is of target sm80-v1, for CUDA; on the CPU pack the weight for cpu-v1");
   TORCH_CHECK(!memcmp(h.magic, "LISSOM24", 8) && h.version == kPackedVersion && h.dtype >= 0 && h.dtype <= 2,
               "lissom::", op, ": packed has no cpu-v1 header of version ", kPackedVersion,
               "; pack the weight again with sparse24_pack");
-  TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k,
-              "; got N=", n, ", K=", k);
   const DType t = static_cast<DType>(h.dtype);
-  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
-              ": packed is damaged: its header says N=", n, ", K=", k);
-  TORCH_CHECK(packed.numel() == packed_bytes(n, k, t), "lissom::", op, ": packed is damaged: N=", n,
-              ", K=", k, " need ", packed_bytes(n, k, t), " bytes; got ", packed.numel());
+  check_header(op, h, packed, n, k, [&] { return packed_bytes(n, k, t); });
   return t;
+}
+
+DType check_packed_sm80(const char* op, const Tensor& packed, int64_t n, int64_t k) {
+  const PackedHeader h = header_of(op, packed);
+  TORCH_CHECK(
+      !memcmp(h.magic, sm80::kMagic, 8) && h.version == sm80::kVersion && h.dtype >= 1 && h.dtype <= 2,
+      "lissom::", op, ": packed has no sm80-v1 header of version ", sm80::kVersion,
+      "; pack the weight with target=\"sm80-v1\"");
+  check_header(op, h, packed, n, k, [&] { return sm80::buffer_bytes(n, k, h.dtype); });
+  return static_cast<DType>(h.dtype);
 }
 
 const uint8_t* records_of(const Tensor& packed) {
   return static_cast<const uint8_t*>(packed.const_data_ptr()) + sizeof(PackedHeader);
 }
 
-std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t n, int64_t k, c10::string_view target,
+std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t n, int64_t k,
+                                  c10::optional<c10::string_view> target,
                                   c10::optional<at::ScalarType> dtype) {
-  check_target("sparse24_unpack", target);
-  const DType t = check_packed("sparse24_unpack", packed, n, k);
+  const bool sm80_v1 = target_of("sparse24_unpack", target, Target::cpu_v1) == Target::sm80_v1;
+  const DType t = sm80_v1 ? check_packed_sm80("sparse24_unpack", packed, n, k)
+                          : check_packed("sparse24_unpack", packed, n, k);
   LISSOM_CHECK_TYPE("sparse24_unpack", !dtype || *dtype == scalar_type(t), "packed holds ", scalar_type(t),
                     "; got dtype=", *dtype);
   Tensor values = at::empty({n, k / 2}, packed.options().dtype(scalar_type(t)));
   Tensor meta = at::empty({n, meta_columns(k)}, packed.options());
   const Canonical out = canonical(values, meta);
-  parallel(panels(n), 4, [&](int64_t b, int64_t e) { unpack_panels(records_of(packed), t, out, b, e); });
+  if (sm80_v1) {
+    const uint8_t* in = static_cast<const uint8_t*>(packed.const_data_ptr());
+    parallel(sm80::panels(n), 4, [&](int64_t b, int64_t e) { unpack_sm80(in, out, b, e); });
+  } else {
+    parallel(panels(n), 4, [&](int64_t b, int64_t e) { unpack_panels(records_of(packed), t, out, b, e); });
+  }
   return {values, meta};
 }
 
 // --- linear -------------------------------------------------------------------------------------------------------------
-
-Act activation(c10::string_view act) {
-  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-  for (int i = 0; i < 5; ++i)
-    if (act == kNames[i]) return static_cast<Act>(i);
-  LISSOM_CHECK_VALUE("sparse24_linear", false, "act must be one of none, relu, gelu, gelu_tanh, silu; got \"",
-                     act, "\"");
-}
-
-// x as [M, K] with unit stride in K: a view where the strides allow it, else one copy.
-Tensor rows_of(const Tensor& x, int64_t m, int64_t k) {
-  Tensor flat = x.dim() == 2 ? x : x.reshape({m, k});
-  return flat.stride(1) == 1 || k <= 1 ? flat : flat.contiguous();
-}
-
-int64_t leading(const Tensor& x) {
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return m;
-}
 
 // 64-byte aligned scratch; torch's allocator gives that.
 Tensor workspace(const Tensor& like, size_t bytes) {
@@ -292,43 +261,16 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const
               c10::string_view act, const c10::optional<Tensor>& residual,
               c10::optional<at::ScalarType> out_dtype) {
   const DType t = check_packed("sparse24_linear", packed, n, k);
-  LISSOM_CHECK_VALUE("sparse24_linear", x.dim() >= 1 && x.size(-1) == k, "x must be [..., K=", k, "]; got ",
-                     shape_of(x));
-  LISSOM_CHECK_TYPE("sparse24_linear", x.scalar_type() == scalar_type(t),
-                    "x and the packed weight must have one dtype; got ", x.scalar_type(), " and ",
-                    scalar_type(t), "; cast x, or pack the weight in x's dtype");
-  const at::ScalarType out = out_dtype.value_or(x.scalar_type());
-  LISSOM_CHECK_TYPE("sparse24_linear", out == x.scalar_type() || out == at::kFloat,
-                    "out_dtype must be float32 or x's dtype ", x.scalar_type(), "; got ", out);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
+  const at::ScalarType out = check_linear(x, t, n, k, bias, residual, out_dtype);
   const int64_t m = leading(x);
-
-  Tensor padded_bias;
+  Tensor padded_bias, res;
   if (bias && bias->defined()) {
-    LISSOM_CHECK_VALUE("sparse24_linear", bias->dim() == 1 && bias->size(0) == n, "bias must be [N=", n,
-                       "]; got ", shape_of(*bias));
-    LISSOM_CHECK_TYPE("sparse24_linear",
-                      bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat,
-                      "bias must be float32 or x's dtype ", x.scalar_type(), "; got ", bias->scalar_type());
-    LISSOM_CHECK("sparse24_linear", bias->device() == x.device(), "bias must be on x's device ", x.device(),
-                 "; got ", bias->device());
     padded_bias = at::zeros({panels(n) * kPanelRows}, x.options().dtype(at::kFloat).requires_grad(false));
     padded_bias.narrow(0, 0, n).copy_(*bias);
   }
-  Tensor res;
-  if (residual && residual->defined()) {
-    LISSOM_CHECK_VALUE("sparse24_linear", residual->sizes() == at::IntArrayRef(shape),
-                       "residual must have y's shape ", at::IntArrayRef(shape), "; got ",
-                       shape_of(*residual));
-    LISSOM_CHECK_TYPE("sparse24_linear", residual->scalar_type() == out, "residual must have y's dtype ", out,
-                      "; got ", residual->scalar_type());
-    LISSOM_CHECK("sparse24_linear", residual->device() == x.device(), "residual must be on x's device ",
-                 x.device(), "; got ", residual->device());
-    res = rows_of(*residual, m, n);
-  }
+  if (residual && residual->defined()) res = rows_of(*residual, m, n);
   const Act chosen = activation(act);
-  Tensor y = at::empty(shape, x.options().dtype(out));
+  Tensor y = at::empty(with_last(x, n), x.options().dtype(out));
   if (m == 0 || n == 0) return y;
   const Tensor flat = rows_of(x, m, k);
   const Linear problem = {
@@ -363,14 +305,8 @@ Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta,
 // W is not 2:4 along N, so dx = dy W runs dense, expanding kDenseBlock rows of W at a time.
 Tensor grad_input(const Tensor& dy, const Tensor& packed, int64_t n, int64_t k) {
   const DType t = check_packed("sparse24_grad_input", packed, n, k);
-  LISSOM_CHECK_VALUE("sparse24_grad_input", dy.dim() >= 1 && dy.size(-1) == n, "dy must be [..., N=", n,
-                     "]; got ", shape_of(dy));
-  LISSOM_CHECK_TYPE("sparse24_grad_input", dy.scalar_type() == scalar_type(t),
-                    "dy and the packed weight must have one dtype; got ", dy.scalar_type(), " and ",
-                    scalar_type(t));
+  check_grad_input(dy, t, n);
   const int64_t m = leading(dy);
-  std::vector<int64_t> shape(dy.sizes().begin(), dy.sizes().end());
-  shape.back() = k;
   const Tensor rows = rows_of(dy, m, n);
   Tensor sum = at::zeros({m, k}, dy.options().dtype(at::kFloat));
   for (int64_t first = 0; first < n && m > 0; first += kDenseBlock) {
@@ -388,25 +324,12 @@ Tensor grad_input(const Tensor& dy, const Tensor& packed, int64_t n, int64_t k) 
     // A part may leave the range of float16 even if the sum does not.
     sum.add_(t == DType::f16 ? at::mm(part.to(at::kFloat), w.to(at::kFloat)) : at::mm(part, w));
   }
-  return sum.to(dy.scalar_type()).reshape(shape);
+  return sum.to(dy.scalar_type()).reshape(with_last(dy, k));
 }
 
 Tensor mask_mm(const Tensor& dy, const Tensor& x, const Tensor& meta_in) {
-  element_type("sparse24_mask_mm", x, "x");
-  LISSOM_CHECK_TYPE("sparse24_mask_mm", dy.scalar_type() == x.scalar_type(),
-                    "dy and x must have one dtype; got ", dy.scalar_type(), " and ", x.scalar_type());
-  LISSOM_CHECK_VALUE("sparse24_mask_mm",
-                     x.dim() >= 1 && dy.dim() == x.dim() &&
-                         dy.sizes().slice(0, dy.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
-                     "dy [..., N] and x [..., K] must share their leading dimensions; got ", shape_of(dy),
-                     " and ", shape_of(x));
+  check_mask_mm(dy, x, meta_in);
   const int64_t m = leading(x), n = dy.size(-1), k = x.size(-1);
-  LISSOM_CHECK_VALUE("sparse24_mask_mm", k % 4 == 0, "K must be a multiple of 4; got x ", shape_of(x));
-  LISSOM_CHECK_TYPE("sparse24_mask_mm", meta_in.scalar_type() == at::kByte, "meta must be uint8; got ",
-                    meta_in.scalar_type());
-  LISSOM_CHECK_VALUE("sparse24_mask_mm",
-                     meta_in.dim() == 2 && meta_in.size(0) == n && meta_in.size(1) == meta_columns(k),
-                     "meta must be [N=", n, ", ceil(K/8)=", meta_columns(k), "]; got ", shape_of(meta_in));
   const Tensor meta = meta_in.contiguous();
   require_legal_meta("sparse24_mask_mm", meta, k);
   Tensor values = at::zeros({n, k / 2}, x.options());

@@ -70,4 +70,14 @@ int lissom_sparse24_decompress(const void* values, const uint8_t* meta, void* w,
                                static_cast<const T*>(values), meta, static_cast<T*>(w), n, k);
   });
 }
+
+int lissom_sparse24_gather(const void* dense, const uint8_t* meta, void* values, int64_t n, int64_t k,
+                           int bytes, void* stream) {
+  if (n == 0 || k == 0) return 0;
+  return by_size(bytes, [&](auto zero) {
+    using T = decltype(zero);
+    return lissom::dev::launch(gather_kernel<T>, blocks_of(n), kFormatThreads, 0, stream,
+                               static_cast<const T*>(dense), meta, static_cast<T*>(values), n, k);
+  });
+}
 }

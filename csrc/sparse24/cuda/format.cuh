@@ -176,4 +176,18 @@ decompress_kernel(const T* values, const uint8_t* meta, T* w, int64_t n, int64_t
   }
 }
 
+// values = the kept entries of a dense matrix; metadata of any content stays in bounds.
+template <class T>
+LISSOM_KERNEL(kFormatThreads, 1)
+gather_kernel(const T* dense, const uint8_t* meta, T* values, int64_t n, int64_t k) {
+  const int64_t row = static_cast<int64_t>(dev::block_x()) * kFormatRows + dev::warp(), quads = k / 4;
+  if (row >= n) return;
+  for (int64_t q = dev::lane(); q < quads; q += 32) {
+    const uint32_t nibble = dev::load(meta + row * meta_columns(k) + q / 2) >> (4 * (q % 2)) & 15u;
+    const auto quad = dev::load(reinterpret_cast<const Quad<T>*>(dense + row * k) + q);
+    dev::store(reinterpret_cast<Pair<T>*>(values + row * (k / 2)) + q,
+               Pair<T>{{pick(quad, nibble & 3u), pick(quad, nibble >> 2)}});
+  }
+}
+
 }  // namespace lissom::sparse24

@@ -27,6 +27,9 @@ int lissom_sparse24_compress(const void* w, void* values, uint8_t* meta, int64_t
                              int keep_largest, void* stream);
 int lissom_sparse24_decompress(const void* values, const uint8_t* meta, void* w, int64_t n, int64_t k,
                                int bytes, void* stream);
+// values [n, k/2] = dense [n, k] at the kept positions.
+int lissom_sparse24_gather(const void* dense, const uint8_t* meta, void* values, int64_t n, int64_t k,
+                           int bytes, void* stream);
 
 // --- sm80-v1 (pack.cu); dtype as in its header: 1 bf16, 2 f16, 3 int8 ---
 

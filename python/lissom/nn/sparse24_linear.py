@@ -23,6 +23,9 @@ class Sparse24Linear(nn.Linear):
     kept canonical and packed at every call. Weights start frozen: call `requires_grad_(True)` to train them.
     The mask never changes in training.
 
+    Each device has its own layout: a move unpacks on the old device and packs on the new one. float32 has none
+    on CUDA: the weight stays canonical there and is expanded at every call, with a warning once.
+
     Args:
         in_features: a multiple of 4.
         out_features, bias, device, dtype: as nn.Linear; float32, bfloat16 or float16.
@@ -115,7 +118,7 @@ class Sparse24Linear(nn.Linear):
                 "Sparse24Linear: weight is the placeholder of another layer's packed weight; "
                 "share the layer itself, or call unpack_() on the other one first"
             )
-        if self.weight.requires_grad:
+        if self.weight.requires_grad or not self._has_packed_form():
             ops.sparse24_validate_meta(self.weight_meta, self.in_features)
             return self
         self.packed = ops.sparse24_pack(self.weight.detach(), self.weight_meta)
@@ -124,6 +127,9 @@ class Sparse24Linear(nn.Linear):
         ).expand(shape)
         self.weight_meta = None
         return self
+
+    def _has_packed_form(self) -> bool:
+        return ops.sparse24_target(self.weight.device, self.weight.dtype) is not None
 
     def unpack_(self) -> Sparse24Linear:
         """Moves the weight back into its canonical form, as training and edits need it.
@@ -138,7 +144,7 @@ class Sparse24Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad and torch.is_grad_enabled():
             self.unpack_()
-        elif self.packed is None and not self.weight.requires_grad:
+        elif self.packed is None and not self.weight.requires_grad and self._has_packed_form():
             self.pack_()
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)
@@ -216,7 +222,7 @@ class Sparse24Linear(nn.Linear):
             strict_errors.append(f"{prefix}weight_meta: {error}")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Sparse24Linear:
-        # Pure moves keep the packed form; a change of dtype needs the values themselves.
+        # Through the canonical form: each device has its own layout, and a change of dtype needs the values themselves.
         was_packed = self.packed is not None
         self.unpack_()
         super()._apply(fn, recurse)

@@ -19,8 +19,15 @@ from lissom.ops.sparse24 import (
     sparse24_linear_values,
     sparse24_mask_mm,
     sparse24_pack,
+    sparse24_target,
     sparse24_unpack,
     sparse24_validate_meta,
+)
+from lissom.ops.sparse24_cutlass import (
+    sparse24_from_cutlass,
+    sparse24_from_torch,
+    sparse24_to_cutlass,
+    sparse24_to_torch,
 )
 
 __all__ = [
@@ -34,11 +41,16 @@ __all__ = [
     "sparse24_check_meta",
     "sparse24_compress",
     "sparse24_decompress",
+    "sparse24_from_cutlass",
+    "sparse24_from_torch",
     "sparse24_grad_input",
     "sparse24_linear",
     "sparse24_linear_values",
     "sparse24_mask_mm",
     "sparse24_pack",
+    "sparse24_target",
+    "sparse24_to_cutlass",
+    "sparse24_to_torch",
     "sparse24_unpack",
     "sparse24_validate_meta",
 ]

@@ -93,11 +93,26 @@ def sparse24_validate_meta(meta: Tensor, K: int) -> None:
         )
 
 
-def sparse24_pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
-    """Kernel layout of a canonical form: uint8 [bytes] with a 64-byte header. A cache: never save it.
+def sparse24_target(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """The packed form of a device's kernels: "cpu-v1", "sm80-v1", or None where they take only the canonical one.
+
+    On CUDA, bfloat16 and float16 have kernels (where lissom was built with them). For 2:4 in float32 there are no
+    tensor cores: sparse24_linear_values expands such a weight at every call, and says so once.
+
+    >>> sparse24_target("cpu", torch.float32)
+    'cpu-v1'
+    """
+    return twin.own_target(torch.device(device), dtype)
+
+
+def sparse24_pack(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
+    """Kernel layout of a canonical form: uint8 [bytes] that begin with a header. A cache: never save it.
+
+    Args:
+        target: "cpu-v1" or "sm80-v1" (CUDA; bfloat16 and float16; made on the CPU too); the device's own when left out.
 
     Raises:
-        ValueError: corrupt metadata, shapes that do not fit, unknown target.
+        ValueError: corrupt metadata, shapes that do not fit, unknown target. TypeError: float32 for sm80-v1.
 
     >>> values, meta = sparse24_compress(torch.eye(16, 32))
     >>> sparse24_pack(values, meta).shape
@@ -107,11 +122,12 @@ def sparse24_pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tenso
 
 
 def sparse24_unpack(
-    packed: Tensor, N: int, K: int, target: str = "cpu-v1", *, dtype: torch.dtype | None = None
+    packed: Tensor, N: int, K: int, target: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Canonical form (values, meta) of a packed weight; exact inverse of `sparse24_pack`.
 
     Args:
+        target: as it was packed; the device's own when left out.
         dtype: dtype of the values. Read from the header when left out; under torch.compile it must be given.
 
     Raises:
@@ -225,22 +241,22 @@ def _(meta: Tensor, K: int) -> Tensor:
 
 
 @torch.library.register_fake("lissom::sparse24_pack")
-def _(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
-    twin._check_target("sparse24_pack", target)
+def _(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
+    target = twin.resolve_target("sparse24_pack", target, values.device, values.dtype)
     n, k = twin._check_canonical("sparse24_pack", values, meta)
-    return values.new_empty(twin.packed_bytes(n, k, values.dtype), dtype=torch.uint8)
+    return values.new_empty(twin.packed_bytes(n, k, values.dtype, target), dtype=torch.uint8)
 
 
 @torch.library.register_fake("lissom::sparse24_unpack")
 def _(
-    packed: Tensor, N: int, K: int, target: str = "cpu-v1", *, dtype: torch.dtype | None = None
+    packed: Tensor, N: int, K: int, target: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    twin._check_target("sparse24_unpack", target)
+    twin.resolve_target("sparse24_unpack", target, packed.device, dtype)
     if dtype is None:
         raise RuntimeError(
             "lissom::sparse24_unpack: pass dtype= while tracing: the header cannot be read there"
         )
-    twin.check_packed_size("sparse24_unpack", packed, N, K, dtype)
+    twin.check_packed_size("sparse24_unpack", packed, N, K, dtype, target)
     return packed.new_empty(N, K // 2, dtype=dtype), packed.new_empty(N, twin.meta_columns(K))
 
 
@@ -348,7 +364,10 @@ def _values_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = d_values = d_bias = None
     if ctx.needs_input_grad[0]:
         n, k = values.shape[0], values.shape[1] * 2
-        dx = _ops.sparse24_grad_input(dy, _ops.sparse24_pack(values, meta), n, k)
+        if twin.own_target(values.device, values.dtype) is None:
+            dx = dy @ _ops.sparse24_decompress(values, meta, k)
+        else:
+            dx = _ops.sparse24_grad_input(dy, _ops.sparse24_pack(values, meta), n, k)
     if ctx.needs_input_grad[1]:
         d_values = _ops.sparse24_mask_mm(dy, x, meta)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
@@ -392,6 +411,16 @@ torch.library.register_autograd("lissom::sparse24_mask_mm", _refuse_double_backw
 # --- autocast: x is cast to the dtype that W was packed in
 
 
+def _packed_dtype(packed: Tensor, n: int, k: int) -> torch.dtype | None:
+    """None while tracing: Sparse24Linear has cast x already."""
+    if is_fake(packed):
+        return None
+    if twin.own_target(packed.device, torch.bfloat16) == "cpu-v1":
+        return twin._read_header("sparse24_linear", packed, n, k)
+    sizes = {twin.packed_bytes(n, k, dtype, "sm80-v1"): dtype for dtype in (torch.bfloat16, torch.float16)}
+    return sizes.get(packed.numel())
+
+
 def _autocast_linear(
     x: Tensor,
     packed: Tensor,
@@ -403,10 +432,10 @@ def _autocast_linear(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    with torch.amp.autocast("cpu", enabled=False):
-        if not is_fake(packed):  # Sparse24Linear has cast x already: while tracing there is no header to read
-            x = x.to(twin._read_header("sparse24_linear", packed, N, K))
+    with torch.amp.autocast(x.device.type, enabled=False):
+        x = x.to(_packed_dtype(packed, N, K) or x.dtype)
         return _ops.sparse24_linear(x, packed, N, K, bias, act, residual, out_dtype=out_dtype)
 
 
-_library.impl("sparse24_linear", _autocast_linear, "AutocastCPU")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("sparse24_linear", _autocast_linear, _key)

@@ -6,17 +6,20 @@ Registered for every device that has no kernel of its own. Values are moved as t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lissom.reference import sparse24_sm80 as sm80
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
-PANEL_ROWS, RECORD_COLUMNS, HEADER_BYTES, META_BYTES = 16, 32, 64, 64
-MAGIC = b"LISSOM24"
+TARGETS = ("cpu-v1", "sm80-v1")
+PANEL_ROWS, RECORD_COLUMNS, HEADER_BYTES, META_BYTES = 16, 32, 64, 64  # of cpu-v1
 
 # Which nibble stores a quad whose non-zero positions are the bits of the index (more than two: not 2:4).
 _NIBBLE_OF = (0xE, 0xC, 0xD, 0x4, 0xE, 0x8, 0x9, 0, 0xE, 0xC, 0xD, 0, 0xE, 0, 0, 0)
@@ -27,10 +30,26 @@ def meta_columns(k: int) -> int:
     return (k + 7) // 8
 
 
-def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
-    """Size of the cpu-v1 form of W [n, k]."""
+def packed_bytes(n: int, k: int, dtype: torch.dtype, target: str = "cpu-v1") -> int:
+    """Size of a packed form of W [n, k]; no two targets or 16-bit types have the same."""
+    if target == "sm80-v1":
+        return sm80.packed_bytes(n, k, dtype)
     record = META_BYTES + PANEL_ROWS * RECORD_COLUMNS // 2 * dtype.itemsize
     return HEADER_BYTES + -(-n // PANEL_ROWS) * -(-k // RECORD_COLUMNS) * record
+
+
+@functools.cache
+def _has_cuda_kernels() -> bool:
+    from lissom import build_info
+
+    return build_info()["cuda"] is not None
+
+
+def own_target(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The packed form that the kernels of a device take, None where they take only the canonical one."""
+    if device.type != "cuda" or not _has_cuda_kernels():
+        return "cpu-v1"
+    return None if dtype == torch.float32 else "sm80-v1"
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:
@@ -140,16 +159,17 @@ def compress(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tensor]:
             f"lissom::sparse24_compress: w is not 2:4 sparse: row {row}, quad {quad} has {found} non-zeros, "
             'at most 2 are allowed; prune it first or pass pattern="magnitude"'
         )
-    # NaN ranks above infinity, as in the kernels, where magnitudes compare as bit patterns.
-    size = torch.where(quads.isnan(), torch.inf, quads.abs().double())
-    size = size + quads.isnan() * torch.finfo(torch.float64).max
+    # Magnitudes compare as bit patterns without the sign: NaN ranks above infinity.
+    as_bits = torch.int32 if w.dtype == torch.float32 else torch.int16
+    bits = quads.contiguous().view(as_bits)
+    size = bits & torch.iinfo(as_bits).max
     top = size.argsort(dim=-1, descending=True, stable=True)[..., :2]
     nonzero = torch.where(too_many[..., None], torch.zeros_like(nonzero).scatter_(-1, top, True), nonzero)
     weights = torch.tensor([1, 2, 4, 8], device=w.device)
     code = torch.tensor(_NIBBLE_OF, device=w.device)[(nonzero * weights).sum(-1)]
     kept = torch.stack((code & 3, code >> 2), -1)
-    values = quads.gather(-1, kept)
-    values = torch.where(values == 0, torch.zeros((), dtype=w.dtype, device=w.device), values)
+    values = bits.gather(-1, kept)  # torch.where on 16-bit floats would change the bits of NaN
+    values = torch.where(size.gather(-1, kept) == 0, 0, values).view(w.dtype)
     code = F.pad(code, (0, code.shape[1] % 2))
     meta = (code[:, ::2] | code[:, 1::2] << 4).to(torch.uint8)
     return values.reshape(n, k // 2), meta.reshape(n, meta_columns(k))
@@ -171,23 +191,31 @@ def decompress(values: Tensor, meta: Tensor, k: int) -> Tensor:
     )
 
 
-def _header(n: int, k: int, dtype: torch.dtype) -> bytes:
-    fields = MAGIC + (1).to_bytes(4, "little") + DTYPES.index(dtype).to_bytes(4, "little")
-    return (fields + n.to_bytes(8, "little") + k.to_bytes(8, "little")).ljust(HEADER_BYTES, b"\0")
+def header(n: int, k: int, dtype: torch.dtype, magic: bytes = b"LISSOM24", size: int = HEADER_BYTES) -> bytes:
+    """What a packed form begins with."""
+    fields = magic + (1).to_bytes(4, "little") + DTYPES.index(dtype).to_bytes(4, "little")
+    return (fields + n.to_bytes(8, "little") + k.to_bytes(8, "little")).ljust(size, b"\0")
 
 
-def _check_target(op: str, target: str) -> None:
-    if target != "cpu-v1":
-        raise ValueError(
-            f'lissom::{op}: target must be "cpu-v1" (the only one in this build); got {target!r}'
-        )
+def resolve_target(op: str, target: str | None, device: torch.device, dtype: torch.dtype | None) -> str:
+    """`target`, or the device's own."""
+    if target is None:
+        target = own_target(device, dtype or torch.bfloat16) or "sm80-v1"
+    if target not in TARGETS:
+        raise ValueError(f'lissom::{op}: target must be "cpu-v1" or "sm80-v1"; got "{target}"')
+    if target == "sm80-v1" and dtype == torch.float32:
+        raise TypeError(f"lissom::{op}: sm80-v1 holds bfloat16 and float16; got float32; cast the weight")
+    return target
 
 
-def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
+def pack(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
     """Twin of `sparse24_pack`."""
-    _check_target("sparse24_pack", target)
+    target = resolve_target("sparse24_pack", target, values.device, values.dtype)
     n, k = _check_canonical("sparse24_pack", values, meta)
     _require_legal("sparse24_pack", meta, k)
+    if target == "sm80-v1":
+        head = header(n, k, values.dtype, sm80.MAGIC, sm80.HEADER_BYTES)
+        return sm80.pack(values, nibbles(meta, k), head)
     dtype, device = values.dtype, values.device
     panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
     code = torch.full((panels * PANEL_ROWS, records * 8), 0xE, dtype=torch.uint8, device=device)
@@ -200,20 +228,24 @@ def pack(values: Tensor, meta: Tensor, target: str = "cpu-v1") -> Tensor:
     if dtype == torch.float32:  # one vector a slot
         full = full.transpose(-1, -2)
     body = torch.cat((words, full.contiguous().view(torch.uint8).reshape(panels, records, -1)), -1)
-    header = torch.tensor(list(_header(n, k, dtype)), dtype=torch.uint8, device=device)
-    return torch.cat((header, body.flatten()))
+    head = torch.tensor(list(header(n, k, dtype)), dtype=torch.uint8, device=device)
+    return torch.cat((head, body.flatten()))
 
 
-def check_packed_size(op: str, packed: Tensor, n: int, k: int, dtype: torch.dtype) -> None:
-    """What can be said of a packed weight without reading its header."""
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.shape[0] != packed_bytes(n, k, dtype):
+def check_packed_size(
+    op: str, packed: Tensor, n: int, k: int, dtype: torch.dtype, target: str | None = None
+) -> None:
+    """What can be said of a packed weight without reading its header; on the meta device any target's size is right."""
+    targets = (target,) if target else TARGETS if packed.is_meta else (own_target(packed.device, dtype),)
+    sizes = [packed_bytes(n, k, dtype, name) for name in targets if name and sm80.holds(name, dtype)]
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.shape[0] not in sizes:
         raise RuntimeError(
-            f"lissom::{op}: packed must be the uint8 vector of {packed_bytes(n, k, dtype)} bytes that sparse24_pack "
+            f"lissom::{op}: packed must be the uint8 vector of {' or '.join(map(str, sizes))} bytes that sparse24_pack "
             f"returned for N={n}, K={k}, {dtype}; got {packed.dtype} {list(packed.shape)}"
         )
 
 
-def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
+def _read_header(op: str, packed: Tensor, n: int, k: int, target: str = "cpu-v1") -> torch.dtype:
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER_BYTES:
         raise RuntimeError(
             f"lissom::{op}: packed must be the uint8 vector that sparse24_pack returned; "
@@ -221,9 +253,10 @@ def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
         )
     head = bytes(packed[:HEADER_BYTES].tolist())
     index = int.from_bytes(head[12:16], "little")
-    if head[:8] != MAGIC or head[8:12] != (1).to_bytes(4, "little") or index > 2:
+    magic = b"LISSOM24" if target == "cpu-v1" else sm80.MAGIC
+    if head[:8] != magic or head[8:12] != (1).to_bytes(4, "little") or index > 2:
         raise RuntimeError(
-            f"lissom::{op}: packed has no cpu-v1 header; pack the weight again with sparse24_pack"
+            f"lissom::{op}: packed has no {target} header; pack the weight again with sparse24_pack"
         )
     found = int.from_bytes(head[16:24], "little"), int.from_bytes(head[24:32], "little")
     if found != (n, k):
@@ -231,7 +264,7 @@ def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
             f"lissom::{op}: packed holds a weight of N={found[0]}, K={found[1]}; got N={n}, K={k}"
         )
     dtype = DTYPES[index]
-    if packed.numel() != packed_bytes(n, k, dtype):
+    if packed.numel() != packed_bytes(n, k, dtype, target):
         raise RuntimeError(
             f"lissom::{op}: packed is damaged: {packed.numel()} bytes for N={n}, K={k}, {dtype}"
         )
@@ -239,13 +272,15 @@ def _read_header(op: str, packed: Tensor, n: int, k: int) -> torch.dtype:
 
 
 def unpack(
-    packed: Tensor, n: int, k: int, target: str = "cpu-v1", *, dtype: torch.dtype | None = None
+    packed: Tensor, n: int, k: int, target: str | None = None, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Twin of `sparse24_unpack`."""
-    _check_target("sparse24_unpack", target)
-    held = _read_header("sparse24_unpack", packed, n, k)
+    target = resolve_target("sparse24_unpack", target, packed.device, dtype)
+    held = _read_header("sparse24_unpack", packed, n, k, target)
     if dtype not in (None, held):
         raise TypeError(f"lissom::sparse24_unpack: packed holds {held}; got dtype={dtype}")
+    if target == "sm80-v1":
+        return sm80.unpack(packed, n, k, held)
     panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
     body = packed[HEADER_BYTES:].reshape(panels, records, -1)
     words = body[..., :META_BYTES].reshape(panels, records, PANEL_ROWS, 4).transpose(1, 2)
