@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The 2:4 GEMM and GEMV on the executor, with zero error on exact inputs. Argument: "values", "schedules", "mutants" or
 // "counters".
+#include <sys/mman.h>
+
 #include "sparse24_cases.h"
 //
 #include "sparse24/cuda/gemm.cu"
@@ -101,6 +103,7 @@ void check_errors() {
   refused("float32", [](LissomLinear& a) { a.dtype = kF32; });
   refused("out", [](LissomLinear& a) { a.out = kF16; });
   refused("int8 without scales", [](LissomLinear& a) { a.dtype = kInt8; });
+  refused("records off", [](LissomLinear& a) { a.records = static_cast<const char*>(a.records) + 8; });
   refused("x off", [](LissomLinear& a) { a.x = static_cast<const char*>(a.x) + 8; });
   refused("gemv x off", [](LissomLinear& a) { a.x = static_cast<const char*>(a.x) + 4; }, 0, 1, true);
   refused("gemv m", [](LissomLinear& a) { a.m = 5; }, 0, 1, true);
@@ -111,6 +114,37 @@ void check_errors() {
         a.scale_w = a.scale_x = p.scale_w.data();
       },
       0, 1, true);
+}
+
+// Rows so far apart that offsets pass 2^32 bytes; only the pages that are touched exist.
+void check_far() {
+  constexpr int64_t kStride = (int64_t{1} << 30) + 8;
+  constexpr size_t kSpan = static_cast<size_t>(2 * kStride + 64) * 2;
+  void* room =
+      mmap(nullptr, kSpan, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) return expect("far rows", "no address space");
+  auto* far = static_cast<uint16_t*>(room);
+  simt::watch(room, kSpan);
+  Options o;
+  o.residual = true;
+  for (const int tile : {3, 5, kGemv}) {
+    const LinearCase p({3, 16, 32}, o, 1);
+    LissomLinear args = p.args();
+    for (int64_t m = 0; m < 3; ++m) {
+      memcpy(far + m * kStride, static_cast<const uint16_t*>(args.x) + m * args.x_stride, 64);
+      memcpy(far + m * kStride + 32, static_cast<const uint16_t*>(args.residual) + m * args.residual_stride,
+             32);
+    }
+    args.x = far, args.residual = far + 32;
+    args.x_stride = args.residual_stride = kStride;
+    const auto start = [&] {
+      return tile == kGemv ? lissom_sparse24_gemv(&args, nullptr)
+                           : lissom_sparse24_gemm(&args, tile, 1, nullptr, 0, nullptr);
+    };
+    expect(name(tile, 1) + "far rows", attempt(ways(0)[0], start, [&] { return p.wrong(); }));
+  }
+  simt::unwatch(room);
+  munmap(room, kSpan);
 }
 
 int values() {
@@ -133,6 +167,7 @@ int values() {
         o.real = true;
         check({4, 70, 900}, o, tile, tile == 3 ? 2 : 1);
       }
+  check_far();
   check_errors();
   return verdict("values");
 }

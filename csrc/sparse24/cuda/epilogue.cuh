@@ -31,7 +31,7 @@ inline bool valid(const LissomLinear& p, int64_t row_bytes) {
   if (!is(p.out, DType::f32) && !is(p.out, DType::bf16) && !is(p.out, DType::f16)) return false;
   if (!int8 && p.out != p.dtype && !is(p.out, DType::f32)) return false;
   if (int8 != (p.scale_w != nullptr) || int8 != (p.scale_x != nullptr)) return false;
-  return aligned(p.x, row_bytes) && p.x_stride * (int8 ? 1 : 2) % row_bytes == 0;
+  return aligned(p.x, row_bytes) && p.x_stride * (int8 ? 1 : 2) % row_bytes == 0 && aligned(p.records, 16);
 }
 
 inline Work work_of(const LissomLinear& p, int splits, void* partial) {

@@ -18,12 +18,18 @@ struct Gpu {
   double l2_bytes;
   double mma_cycles;  // of a quarter of an SM, for one sparse instruction
   double latency, launch;
+  double dense;  // operations a second of its dense bf16 peak
 };
 
-constexpr Gpu kA100 = {108, 163 << 10, 164 << 10, 1.41e9, 2.04e12, 5.1e12, 40e6, 8, 700e-9, 2e-6};
-constexpr Gpu kH100 = {132, 227 << 10, 228 << 10, 1.83e9, 3.35e12, 7.5e12, 50e6, 6.7, 700e-9, 2e-6};
-constexpr Gpu kB200 = {148, 227 << 10, 228 << 10, 1.85e9, 8.0e12, 12e12, 126e6, 6.7, 800e-9, 2e-6};
-constexpr Gpu kRtx50 = {170, 99 << 10, 100 << 10, 2.4e9, 1.79e12, 6e12, 96e6, 16, 600e-9, 2e-6};
+constexpr Gpu kA100 = {108, 163 << 10, 164 << 10, 1.41e9, 2.04e12, 5.1e12, 40e6, 8, 700e-9, 2e-6, 312e12};
+constexpr Gpu kH100 = {132, 227 << 10, 228 << 10, 1.83e9, 3.35e12, 7.5e12, 50e6, 6.7, 700e-9, 2e-6, 989e12};
+constexpr Gpu kB200 = {148, 227 << 10, 228 << 10, 1.85e9, 8.0e12, 12e12, 126e6, 6.7, 800e-9, 2e-6, 2250e12};
+constexpr Gpu kRtx50 = {170, 99 << 10, 100 << 10, 2.4e9, 1.79e12, 6e12, 96e6, 16, 600e-9, 2e-6, 209e12};
+
+constexpr struct {
+  const char* name;
+  const Gpu* gpu;
+} kGpus[] = {{"a100", &kA100}, {"h100", &kH100}, {"b200", &kB200}, {"rtx50", &kRtx50}};
 
 // The nearest of the four, with the parts that the device at hand has; memory and L2 shrink with its SMs.
 inline Gpu gpu_of(int capability, int sms, int shared_per_block, int shared_per_sm) {
@@ -32,7 +38,7 @@ inline Gpu gpu_of(int capability, int sms, int shared_per_block, int shared_per_
           : capability < 100                  ? kH100
                                               : kB200;
   const double share = std::min(1.0, static_cast<double>(sms) / g.sms);
-  g.memory *= share, g.l2 *= share;
+  g.memory *= share, g.l2 *= share, g.dense *= share;
   g.sms = sms, g.shared_per_block = shared_per_block, g.shared_per_sm = shared_per_sm;
   return g;
 }
@@ -49,11 +55,28 @@ struct Plan {
 // Seconds. `total` is launch + the largest of the three + what no overlap hides.
 struct Prediction {
   double memory, l2, sm, exposed, total;
+  double bytes;  // that cross the bus of the memory
   // For choosing: overlap is never perfect, so of equal plans the one that does less is better.
   double score() const { return total + 0.1 * (memory + l2 + sm - std::max({memory, l2, sm})); }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a block does in one stage whose records are all there: instructions of tensor cores, wavefronts of shared memory.
+struct StageCounts {
+  double matrix, wavefronts;
+};
+// A fragment takes 4 wavefronts, a word of metadata 1, eight tokens 4; every copied byte is written once.
+inline double operand_wavefronts(
+    const Tile& t, int bytes) {  // of a warp and step, but for all tokens beyond the first eight
+  return t.rows / 32.0 / t.warps_n * (8 + 2.0 / bytes) + 4;
+}
+inline StageCounts stage_counts(const Tile& t, int bytes) {
+  const double warps = threads(t) / 32.0, steps = static_cast<double>(t.records) / t.warps_k;
+  const double columns = t.tokens / 8.0 / t.warps_m;  // of a warp
+  return {t.records * (t.rows / 16.0) * (t.tokens / 8.0),
+          stage_bytes(t, bytes) / 128.0 + warps * steps * (operand_wavefronts(t, bytes) + 4 * (columns - 1))};
+}
 
 // Cycles of an SM that one stage of a tile keeps its busiest part busy.
 struct StageCycles {
@@ -66,11 +89,10 @@ inline StageCycles stage_cycles(const Tile& t, int bytes, const Gpu& g) {
   const double words = 2.0 / bytes;  // of metadata, for a record
   const double instructions = 2 * panels * columns;
   StageCycles c;
-  c.matrix = warps * steps * instructions * g.mma_cycles / 4;
-  // A fragment takes 4 wavefronts, a word of metadata 1, eight tokens 4; every copied byte is written once.
-  c.shared = stage_bytes(t, bytes) / 128.0 + warps * steps * (panels * (8 + words) + 4 * columns);
-  // Counted in SASS: about 45 instructions of a stage beside those of its steps, copies among them.
-  c.issue = warps * (steps * (instructions + panels * (2 + words) + columns + 4) + 45) / 4;
+  c.matrix = stage_counts(t, bytes).matrix * g.mma_cycles / 4;
+  c.shared = stage_counts(t, bytes).wavefronts;
+  // Counted in SASS: at most 75 instructions of a stage beside those of its steps, copies among them.
+  c.issue = warps * (steps * (instructions + panels * (2 + words) + columns + 4) + 75) / 4;
   return c;
 }
 
@@ -110,6 +132,7 @@ inline Prediction predict(const Size& s, const Tile& t, int splits, const Gpu& g
   // Memory runs at full speed only while enough bytes are under way (Little).
   const double under_way = 1.0 * at_once * std::min<int64_t>(t.stages - 2, stages) * stage_bytes(t, s.bytes);
   Prediction p;
+  p.bytes = bytes;
   p.memory = bytes / std::min(0.92 * g.memory, under_way / g.latency);
   const double partial = splits > 1 ? 8.0 * splits * s.m * s.n : 0;  // written, read again
   p.l2 = (blocks * block_bytes + 2.0 * s.m * s.n + partial) / g.l2;
@@ -122,15 +145,16 @@ inline Prediction predict(const Size& s, const Tile& t, int splits, const Gpu& g
 }
 
 inline Prediction predict_gemv(const Size& s, const Gpu& g) {
-  constexpr double kInstructions[] = {0, 120, 170, 270, 270};  // of a warp and record, counted in SASS
+  constexpr double kInstructions[] = {0, 144, 193, 301, 301};  // of a warp and record, counted in SASS
   const double panels = static_cast<double>(sm80::panels(s.n)),
                records = panels * sm80::records(s.k, s.bytes);
   const double ahead = s.m > 2 ? 2 : 4;
   const double at_once = std::min(panels, 2.0 * g.sms);
   const double under_way = at_once * kGemvWarps * ahead * sm80::record_bytes(s.bytes);
   Prediction p;
-  p.memory = least_bytes(s) / std::min(0.92 * g.memory, under_way / g.latency);
-  p.l2 = (least_bytes(s) + panels * s.m * s.k * s.bytes) / g.l2;
+  p.bytes = least_bytes(s);
+  p.memory = p.bytes / std::min(0.92 * g.memory, under_way / g.latency);
+  p.l2 = (p.bytes + panels * s.m * s.k * s.bytes) / g.l2;
   p.sm = std::ceil(panels / g.sms) * g.sms / panels * records * kInstructions[s.m] / (4 * g.sms * g.clock);
   p.exposed = g.latency + 500 / g.clock;
   p.total = g.launch + p.exposed + std::max({p.memory, p.l2, p.sm});
@@ -139,6 +163,41 @@ inline Prediction predict_gemv(const Size& s, const Gpu& g) {
 
 inline Prediction predict(const Size& s, const Plan& plan, const Gpu& g) {
   return plan.tile < 0 ? predict_gemv(s, g) : predict(s, kTiles[plan.tile], plan.splits, g);
+}
+
+// What a launch does, in the words of the executor's counters, with which a test compares them.
+struct Counts {
+  int64_t blocks, waves;
+  double matrix;      // instructions of tensor cores, of a warp
+  double wavefronts;  // of shared memory, without bias and scales
+  double copied;      // bytes that blocks ask of L2 or memory: W, x
+};
+inline Counts count(const Size& s, const Plan& plan, const Gpu& g) {
+  const int64_t panels = sm80::panels(s.n), records = sm80::records(s.k, s.bytes);
+  if (plan.tile < 0) {
+    const double weights = static_cast<double>(panels * records * sm80::record_bytes(s.bytes));
+    const double tokens = s.m > 2 ? 4 : static_cast<double>(s.m);  // as the kernel is compiled
+    // A warp stores four times 8 rows of a token; one warp a token then adds up what all have.
+    const double wavefronts = panels * kGemvWarps * (4.0 * tokens + s.m);
+    return {panels, ceil_div(panels, 2 * g.sms), 0, wavefronts,
+            weights + 1.0 * panels * tokens * s.k * s.bytes};
+  }
+  const Tile& t = kTiles[plan.tile];
+  const int64_t down = ceil_div(32 * panels, t.rows), across = ceil_div(s.m, t.tokens), tiles = down * across;
+  const int64_t blocks = tiles * plan.splits,
+                at_once = int64_t{g.sms} * std::max(1, resident_blocks(t, s.bytes, g));
+  const double stages = static_cast<double>(ceil_div(records, t.records)), warps = threads(t) / 32.0;
+  // A warp loads the first operands twice; at the end the sums are written to shared memory and read again.
+  const double planes = 8.0 * (t.rows / 32.0 / t.warps_n) * (t.tokens / 8.0 / t.warps_m) * warps +
+                        t.warps_k * t.rows * t.tokens / 32.0;
+  Counts c;
+  c.blocks = blocks, c.waves = ceil_div(blocks, at_once);
+  c.matrix = tiles * records * (t.rows / 16.0) * (t.tokens / 8.0);
+  c.wavefronts = tiles * stages * stage_counts(t, s.bytes).wavefronts +
+                 blocks * (warps * operand_wavefronts(t, s.bytes) + planes);
+  c.copied = static_cast<double>(tiles) * records * (t.rows / 32.0) * sm80::record_bytes(s.bytes) +
+             static_cast<double>(down) * s.m * s.k * s.bytes;
+  return c;
 }
 
 // The plan of the least score; of equals the first.
