@@ -38,14 +38,15 @@ class Builder:
     def program(self, *sources: str | Path, sanitize: bool = False, flags: tuple[str, ...] = ()) -> Path:
         """Path of the program made of `sources` (names in this folder, or paths), warnings being errors.
 
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer. flags: of the first source only.
         """
-        flags = (*(SANITIZERS if sanitize else ("-O1",)), *flags)
-        objects = [self._compile(HERE / source, flags) for source in (*sources, *EXECUTOR)]
+        base = SANITIZERS if sanitize else ("-O1",)
+        objects = [self._compile(HERE / sources[0], (*base, *flags))]
+        objects += [self._compile(HERE / source, base) for source in (*sources[1:], *EXECUTOR)]
         target = self.folder / f"{Path(sources[0]).stem}-{abs(hash(tuple(objects)))}"
         if not target.exists():
             # -rdynamic: reports and counters find the kernels' names.
-            link = [self.compiler, *flags, "-rdynamic", *map(str, objects), "-o", str(target), "-ldl"]
+            link = [self.compiler, *base, "-rdynamic", *map(str, objects), "-o", str(target), "-ldl"]
             subprocess.run(link, check=True, env=self.environment)
         return target
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-CPU = HERE.parents[1] / "csrc" / "sparse24" / "cpu" / "sparse24_format.cpp"
+CPU = Path(__file__).resolve().parents[2] / "csrc" / "sparse24" / "cpu" / "sparse24_format.cpp"
 
 
 def run(program: Path, what: str) -> str:
@@ -21,22 +20,27 @@ def run(program: Path, what: str) -> str:
 
 @pytest.fixture(scope="module")
 def program(build) -> Path:
-    return build(HERE / "test_sparse24_format.cpp", CPU)
+    return build("test_sparse24_format.cpp", CPU)
+
+
+@pytest.fixture(scope="module")
+def plain(simt) -> Path:
+    return simt.program("test_sparse24_format.cpp", CPU)
 
 
 def test_every_bit_is_that_of_the_cpu(program):
     assert run(program, "formats").endswith(" checks, 0 failed\n")
 
 
-def test_the_barrier_is_needed(program):
-    reported, by_value = run(program, "mutants").splitlines()
+def test_the_barrier_is_needed(plain):
+    reported, by_value = run(plain, "mutants").splitlines()
     assert "26 of 26 reported" in reported
     assert not by_value.split(":")[1].startswith(" 0 of")
 
 
-def test_memory_is_touched_in_whole_sectors(program):
+def test_memory_is_touched_in_whole_sectors(plain):
     """But for the metadata, a byte for two lanes and for 8 values, and the unpacking of lanes into rows."""
-    kernels = {k["kernel"].split("(")[0].split("::")[-1]: k for k in json.loads(run(program, "counters"))}
+    kernels = {k["kernel"].split("(")[0].split("::")[-1]: k for k in json.loads(run(plain, "counters"))}
     assert set(kernels) == {
         "verdict_kernel",
         "check_kernel<unsigned short>",
@@ -67,14 +71,14 @@ def test_memory_is_touched_in_whole_sectors(program):
         ("pack.cuh", "(4 * t + 16 * (r / 2)) / (2 * Bytes)", "(4 * t + 8 * (r / 2)) / (2 * Bytes)"),
     ],
 )
-def test_a_planted_fault_is_found(build, tmp_path, file, right, wrong):
+def test_a_planted_fault_is_found(simt, tmp_path, file, right, wrong):
     """A few, as each is a build: the comparison with the CPU does see what the kernels do."""
     folder = tmp_path / "sparse24" / "cuda"
     folder.mkdir(parents=True)
     text = (CPU.parents[1] / "cuda" / file).read_text(encoding="utf-8")
     assert text.count(right) == 1
     (folder / file).write_text(text.replace(right, wrong), encoding="utf-8")
-    broken = build(HERE / "test_sparse24_format.cpp", CPU, first=tmp_path)
+    broken = simt.program("test_sparse24_format.cpp", CPU, flags=(f"-I{tmp_path}",))
     answer = subprocess.run([str(broken), "formats"], capture_output=True, text=True)
     assert answer.returncode == 1
     assert "FAILED" in answer.stdout
