@@ -169,7 +169,7 @@ inline Prediction predict(const Size& s, const Plan& plan, const Gpu& g) {
 struct Counts {
   int64_t blocks, waves;
   double matrix;      // instructions of tensor cores, of a warp
-  double wavefronts;  // of shared memory, without bias and scales
+  double wavefronts;  // of shared memory
   double copied;      // bytes that blocks ask of L2 or memory: W, x
 };
 inline Counts count(const Size& s, const Plan& plan, const Gpu& g) {
@@ -187,14 +187,14 @@ inline Counts count(const Size& s, const Plan& plan, const Gpu& g) {
   const int64_t blocks = tiles * plan.splits,
                 at_once = int64_t{g.sms} * std::max(1, resident_blocks(t, s.bytes, g));
   const double stages = static_cast<double>(ceil_div(records, t.records)), warps = threads(t) / 32.0;
-  // A warp loads the first operands twice; at the end the sums are written to shared memory and read again.
-  const double planes = 8.0 * (t.rows / 32.0 / t.warps_n) * (t.tokens / 8.0 / t.warps_m) * warps +
-                        t.warps_k * t.rows * t.tokens / 32.0;
+  // A warp loads the first operands twice; at the end the sums, and one or two terms, pass through shared memory.
+  const double outputs = t.rows * t.tokens / 32.0, terms = s.bytes == 1 ? 2 : 1;
+  const double end = outputs * t.warps_k * 2 + terms * (t.rows / 32.0 + (plan.splits == 1 ? outputs : 0));
   Counts c;
   c.blocks = blocks, c.waves = ceil_div(blocks, at_once);
   c.matrix = tiles * records * (t.rows / 16.0) * (t.tokens / 8.0);
   c.wavefronts = tiles * stages * stage_counts(t, s.bytes).wavefronts +
-                 blocks * (warps * operand_wavefronts(t, s.bytes) + planes);
+                 blocks * (warps * operand_wavefronts(t, s.bytes) + end);
   c.copied = static_cast<double>(tiles) * records * (t.rows / 32.0) * sm80::record_bytes(s.bytes) +
              static_cast<double>(down) * s.m * s.k * s.bytes;
   return c;
