@@ -167,6 +167,9 @@ int values() {
         o.real = true;
         check({4, 70, 900}, o, tile, tile == 3 ? 2 : 1);
       }
+  Options infinite;
+  infinite.infinite = true;
+  for (const int tile : {kGemv, 3, 6}) check({2, 64, 64}, infinite, tile, 1);
   check_far();
   check_errors();
   return verdict("values");
