@@ -99,6 +99,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("sparse24::verdict_kernel", registers=32, blocks=(8, 6), shared="sparse24::kVerdictShared"),
         Rule("sparse24::compress_kernel<*>", registers=48, blocks=(5, 5), require={"SHFL": 1}),
         Rule("sparse24::decompress_kernel<*>", registers=48, blocks=(5, 5)),
+        Rule("sparse24::gather_kernel<*>", registers=48, blocks=(5, 5)),
     ),
     "sparse24/cuda/pack.cu": (
         Rule("sparse24::pack_kernel<*>", registers=96, blocks=(2, 2), require={"STG.E.128": 1}),
