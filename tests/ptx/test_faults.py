@@ -203,6 +203,19 @@ def test_one_block_may_not_read_what_another_wrote():
             module.launch("test", 2, 1, [np.zeros(4, np.uint32)], seed=seed)
 
 
+@pytest.mark.parametrize(("landing", "seen"), [("early", {0}), ("late", {7}), ("random", {0, 7})])
+def test_when_a_copy_reads_its_source(landing, seen):
+    """Each thread overwrites the source between issue and wait: the modes see what was there before or after."""
+    body = ADDRESS + (
+        "cvt.u64.u32 %rd1, %r1; add.s64 %rd1, %rd0, %rd1; cp.async.ca.shared.global [%r3], [%rd1], 4;"
+        "mov.u32 %r4, 7; st.global.b32 [%rd1], %r4; cp.async.wait_all;"
+        "ld.shared.b32 %r5, [%r3]; st.global.b32 [%rd1], %r5;"
+    )
+    out = np.zeros(64, np.uint32)
+    load(kernel(body, ["u64"], SHARED)).launch("test", 1, 64, [out], landing=landing, seed=2)
+    assert set(out.tolist()) == seen
+
+
 # --- refused when read, whether executed or not ---
 
 UNKNOWN = {
