@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The 2:4 GEMM and GEMV on the executor, with zero error on exact inputs. Argument: "values", "schedules", "mutants" or
-// "counters".
+// The 2:4 GEMM and GEMV on the executor, with zero error on exact inputs. Argument: "values", "edges" (a
+// few of them), "schedules", "mutants" or "counters" with a case.
 #include <sys/mman.h>
 
 #include "sparse24_cases.h"
@@ -175,6 +175,20 @@ int values() {
   return verdict("values");
 }
 
+// One case of each tile, over all its edges: what sanitizers have time for.
+int edges() {
+  size_t turn = 0;
+  for (int tile = 0; tile < kTileCount; ++tile) {
+    const Tile& t = kTiles[tile];
+    const int dtype = 1 + tile % 3;
+    const int64_t stage = t.records * sm80::record_columns(bytes_of(dtype));
+    check({t.tokens + 1, t.rows + 1, stage + 4}, vary(dtype, turn++), tile, 1);
+  }
+  check({3, 33, 1028}, vary(kBf16, 6), 5, 3);
+  for (const int64_t m : {1, 2, 3}) check({m, 33, 1092}, vary(kF16, turn++), kGemv, 1);
+  return verdict("edges");
+}
+
 // --- schedules ---
 
 // Deep enough for the ring to turn around, with tails everywhere. The last stage lies in the first slot, where the sums go.
@@ -273,5 +287,8 @@ int main(int count, char** arguments) {
     return counters(static_cast<int>(n[0]), {n[1], n[2], n[3]}, static_cast<int>(n[4]),
                     static_cast<int>(n[5]));
   }
-  return what == "mutants" ? mutants() : what == "schedules" ? schedules() : values();
+  return what == "mutants"     ? mutants()
+         : what == "schedules" ? schedules()
+         : what == "edges"     ? edges()
+                               : values();
 }
