@@ -14,6 +14,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <map>
 #include <mutex>
@@ -94,14 +95,16 @@ Tensor whole(const Tensor& t) {
 // [rows, columns] whose rows lie on 16 bytes: as it is where it is so, else one copy.
 Tensor aligned_rows(const Tensor& flat) {
   const int64_t per_line = 16 / static_cast<int64_t>(flat.element_size());
-  if (on_16(flat) && (flat.size(0) <= 1 || flat.stride(0) % per_line == 0)) return flat;
+  if (on_16(flat) && (flat.numel() == 0 || flat.size(0) == 1 || flat.stride(0) % per_line == 0)) return flat;
   const int64_t columns = flat.size(1), padded = (columns + per_line - 1) / per_line * per_line;
   Tensor copy = at::empty({flat.size(0), padded}, flat.options()).narrow(1, 0, columns);
   copy.copy_(flat);
   return copy;
 }
-// Of a single row the distance to the next means nothing.
-int64_t row_stride_of(const Tensor& rows) { return rows.size(0) <= 1 ? 0 : rows.stride(0); }
+// Of a single row, or of empty ones, the distance to the next means nothing.
+int64_t row_stride_of(const Tensor& rows) {
+  return rows.size(0) <= 1 || rows.size(1) == 0 ? 0 : rows.stride(0);
+}
 
 const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 uint8_t* bytes_of_mutable(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
@@ -276,7 +279,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const
   }
   const lissom::cuda::Device& device = on.device();
   const Plan plan =
-      choose_plan({m, n, k, static_cast<int>(x.element_size())},
+      choose_plan({m, n, std::max<int64_t>(k, 4), static_cast<int>(x.element_size())},
                   gpu_of(device.capability, device.sms, device.shared_per_block, device.shared_per_sm));
   if (plan.tile < 0) {
     on.require(lissom_sparse24_gemv(&p, on.stream()));

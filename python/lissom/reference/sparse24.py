@@ -214,8 +214,7 @@ def pack(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
     n, k = _check_canonical("sparse24_pack", values, meta)
     _require_legal("sparse24_pack", meta, k)
     if target == "sm80-v1":
-        head = header(n, k, values.dtype, sm80.MAGIC, sm80.HEADER_BYTES)
-        return sm80.pack(values, nibbles(meta, k), head)
+        return sm80.pack(values, nibbles(meta, k), header(n, k, values.dtype, sm80.MAGIC, sm80.HEADER_BYTES))
     dtype, device = values.dtype, values.device
     panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
     code = torch.full((panels * PANEL_ROWS, records * 8), 0xE, dtype=torch.uint8, device=device)
