@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <string>
 
 #include "core/cpu_isa.h"
+#include "sparse24/cuda/plan.h"
 #include "sparse24/sparse24.h"
 #ifdef LISSOM_CUDA_ARCHITECTURES
 #include "core/cuda/device.h"
@@ -120,6 +122,56 @@ void force_path(const std::string& name) {
     throw py::value_error("lissom._C.force_path: no path is called '" + name + "'");
 }
 
+// "a100" ..., or "cuda:0": the device there.
+sparse24::Gpu gpu_from_name(const std::string& name) {
+  for (const auto& known : sparse24::kGpus)
+    if (name == known.name) return *known.gpu;
+#ifdef LISSOM_CUDA_ARCHITECTURES
+  if (name.rfind("cuda:", 0) == 0) {
+    cuda::Device d;
+    if (const int error = cuda::device_facts(std::stoi(name.substr(5)), &d))
+      throw std::runtime_error("lissom: no facts of " + name + ": " + cuda::error_text(error));
+    return sparse24::gpu_of(d.capability, d.sms, d.shared_per_block, d.shared_per_sm);
+  }
+#endif
+  std::string names;
+  for (const auto& known : sparse24::kGpus) names += (names.empty() ? "" : ", ") + std::string(known.name);
+  throw py::value_error("lissom: wanted one of " + names + "; got '" + name + "'");
+}
+
+// What the model of the CUDA kernels says of y [m, n] = x W^T: counts, and seconds by arithmetic alone.
+py::dict sparse24_predict(const std::string& gpu, int64_t m, int64_t n, int64_t k, int bytes) {
+  if (m < 1 || n < 1 || k < 4 || k % 4 != 0 || (bytes != 1 && bytes != 2) || std::max({m, n, k}) >> 30 != 0)
+    throw py::value_error(
+        "lissom: wanted m, n >= 1, k a multiple of 4 from 4 on, all below 2^30, and 1 or 2 bytes");
+  const sparse24::Gpu g = gpu_from_name(gpu);
+  const sparse24::Size s = {m, n, k, bytes};
+  const sparse24::Plan plan = sparse24::choose_plan(s, g);
+  const sparse24::Prediction p = sparse24::predict(s, plan, g);
+  const sparse24::Counts c = sparse24::count(s, plan, g);
+  const double dense =
+      std::max(2.0 * (1.0 * m * k + 1.0 * n * k + 1.0 * m * n) / g.memory, 2.0 * m * n * k / g.dense);
+  py::dict d;
+  d["tile"] = plan.tile < 0
+                  ? py::object(py::none())
+                  : py::make_tuple(sparse24::kTiles[plan.tile].rows, sparse24::kTiles[plan.tile].tokens);
+  d["splits"] = plan.splits;
+  d["blocks"] = c.blocks;
+  d["waves"] = c.waves;
+  d["bytes_moved"] = p.bytes;
+  d["matrix_instructions"] = c.matrix;
+  d["wavefronts"] = c.wavefronts;
+  d["seconds"] = p.total;
+  d["launch_seconds"] = g.launch;
+  d["memory_seconds"] = p.memory;
+  d["l2_seconds"] = p.l2;
+  d["sm_seconds"] = p.sm;
+  d["bound_seconds"] = sparse24::bound(s, g);
+  d["bound_is_memory"] = sparse24::least_bytes(s) / g.memory >= sparse24::bound(s, g);
+  d["dense_bf16_bound_seconds"] = dense;
+  return d;
+}
+
 }  // namespace
 }  // namespace lissom
 
@@ -132,4 +184,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &lissom::choose_isa);
   m.def("path_name", &lissom::path_name);
   m.def("force_path", &lissom::force_path);
+  m.def("sparse24_predict", &lissom::sparse24_predict);
 }

@@ -23,6 +23,7 @@ from lissom.recipe_parts import (
     GenerationBench,
     InfoStep,
     InspectStep,
+    PredictBench,
     PruneStep,
     ReconstructSpec,
     ReportStep,
@@ -44,7 +45,9 @@ class Step(Strict):
     prune: PruneStep | None = None
     eval: EvalStep | None = None
     generate: GenerateStep | None = None
-    bench: Sparse24Bench | TuneBench | GenerationBench | None = Field(default=None, discriminator="kind")
+    bench: Sparse24Bench | TuneBench | GenerationBench | PredictBench | None = Field(
+        default=None, discriminator="kind"
+    )
     info: InfoStep | None = None
     inspect: InspectStep | None = None
     report: ReportStep | None = None
@@ -266,6 +269,7 @@ _BENCHES: dict[str, type[Strict]] = {
     "sparse24": Sparse24Bench,
     "tune": TuneBench,
     "generation": GenerationBench,
+    "predict": PredictBench,
 }
 _SECTIONS: dict[str, type[Strict]] = {"data": DataSpec, "evaluate": Evaluation, "output": Output}
 

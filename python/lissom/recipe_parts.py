@@ -238,6 +238,25 @@ class TuneBench(Strict):
     kind: Literal["tune"]
 
 
+class PredictBench(Strict):
+    """What the model of the CUDA kernels says of a GPU, on paper: `lissom.benchmark.predict`."""
+
+    kind: Literal["predict"] = "predict"
+    gpu: Literal["a100", "h100", "b200", "rtx50"] = "a100"
+    dtypes: list[Literal["bfloat16", "float16", "int8"]] = ["bfloat16"]
+    rows: list[Annotated[int, Field(ge=1)]] | None = None
+    shapes: list[str] | None = None
+
+    @field_validator("shapes")
+    @classmethod
+    def _are_sizes(cls, shapes: list[str] | None) -> list[str] | None:
+        for shape in shapes or []:
+            n, _, k = shape.partition("x")
+            if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0 and int(k) % 4 == 0):
+                raise ValueError(f"a shape is NxK, K a multiple of 4, such as 4096x14336; got {shape!r}")
+        return shapes
+
+
 class GenerationBench(Strict):
     """Time a whole model, dense against packed: prefill and decode."""
 

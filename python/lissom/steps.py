@@ -237,8 +237,11 @@ def generate(session: Session, step: recipes.GenerateStep) -> dict[str, Any]:
     }
 
 
-def bench(session: Session, step: recipes.Sparse24Bench | recipes.TuneBench | recipes.GenerationBench) -> Any:
-    """Time kernels, or a whole model."""
+def bench(
+    session: Session,
+    step: recipes.Sparse24Bench | recipes.TuneBench | recipes.GenerationBench | recipes.PredictBench,
+) -> Any:
+    """Time kernels, or a whole model; or predict on paper."""
     threads = session.recipe.threads
 
     def say(line: str) -> None:
@@ -256,6 +259,8 @@ def bench(session: Session, step: recipes.Sparse24Bench | recipes.TuneBench | re
         if step.rows:
             asked["tokens"] = step.rows
         return sparse24.run_capped(step.isa, **asked) if step.isa else sparse24.run(**asked)
+    if isinstance(step, recipes.PredictBench):
+        return _predict(step)
     from lissom.benchmark import generation
 
     options = generation.GenerationOptions(
@@ -269,6 +274,17 @@ def bench(session: Session, step: recipes.Sparse24Bench | recipes.TuneBench | re
     )
     model = step.shape or session.source
     return generation.run(model, packed=step.packed, options=options, on_progress=say)
+
+
+def _predict(step: recipes.PredictBench) -> dict[str, Any]:
+    from lissom.benchmark import predict
+
+    asked: dict[str, Any] = {"gpu": step.gpu, "dtypes": step.dtypes}
+    if step.rows:
+        asked["rows"] = step.rows
+    if step.shapes:
+        asked["shapes"] = [tuple(int(size) for size in shape.split("x")) for shape in step.shapes]
+    return predict.run(**asked)
 
 
 def info(session: Session, step: recipes.InfoStep) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from lissom.recipe import build_recipe
 
-EVERY_VERB = ["info", "inspect", "prune", "eval", "generate", "run", "report", "demo"]
+EVERY_VERB = ["info", "inspect", "prune", "eval", "generate", "run", "report", "demo", "selftest"]
 
 
 def test_help_lists_every_verb(command):
@@ -16,7 +16,8 @@ def test_help_lists_every_verb(command):
 
 
 @pytest.mark.parametrize(
-    "verb", [[v] for v in EVERY_VERB] + [["bench", name] for name in ("sparse24", "tune", "generation")]
+    "verb",
+    [[v] for v in EVERY_VERB] + [["bench", name] for name in ("sparse24", "tune", "generation", "predict")],
 )
 def test_every_verb_speaks_json_and_plans(command, verb):
     out = command(*verb, "--help").out

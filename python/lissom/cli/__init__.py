@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lissom
-from lissom.cli import demo, look, make, measure
+from lissom.cli import demo, look, make, measure, selftest
 
 app = typer.Typer(
     name="lissom",
@@ -28,6 +28,7 @@ app.add_typer(measure.bench, name="bench")
 app.command()(make.run)
 app.command()(look.report)
 app.command()(demo.demo)
+app.command()(selftest.selftest)
 
 
 def _print_version(wanted: bool) -> None:

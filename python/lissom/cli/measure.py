@@ -11,7 +11,8 @@ from lissom.cli import options, tables
 from lissom.cli.console import Voice, execute
 
 bench = typer.Typer(
-    no_args_is_help=True, help="Time the kernels, or a whole model, against the strongest dense peers."
+    no_args_is_help=True,
+    help="Time the kernels, or a whole model, against the strongest dense peers; or predict.",
 )
 
 
@@ -127,6 +128,30 @@ def bench_tune(
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
     values = {"threads": threads, "steps": [{"bench": {"kind": "tune"}}]}
     execute(voice, "bench", values, tables.tune_view)
+
+
+@bench.command("predict")
+def bench_predict(
+    *,
+    gpu: Annotated[str, typer.Option("--gpu", help="a100, h100, b200 or rtx50.")] = "a100",
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="bfloat16, float16 or int8. Repeatable.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", min=1, metavar="M", help="Rows of x. Repeatable.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="NxK", help="Rows x columns of W. Repeatable.")
+    ] = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """What the CUDA 2:4 linear should take by arithmetic alone: nothing is run, nothing is measured."""
+    step = {"kind": "predict", "gpu": gpu, "dtypes": dtype, "rows": rows, "shapes": shape}
+    voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run)
+    execute(voice, "bench", {"steps": [{"bench": step}]}, tables.predict_view)
 
 
 @bench.command("generation")

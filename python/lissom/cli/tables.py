@@ -190,6 +190,26 @@ def sparse24_view(console: Console, rows: list[dict[str, Any]]) -> None:
         console.print(f"{dtype}, M = {m}: {ratio_text(ratio)} the best dense kernel (geometric mean)")
 
 
+def predict_view(console: Console, value: dict[str, Any]) -> None:
+    """`lissom bench predict`."""
+    heads = ("dtype", "M", "N", "K", "kernel", "splits", "waves", "moved", "µs", "bound", "of bound", "dense")
+    made = table(*heads, title=f"{value['gpu']}: {value['note']}")
+    for row in value["rows"]:
+        shape = (str(row[name]) for name in "MNK")
+        tile = "gemv" if row["tile"] is None else "×".join(map(str, row["tile"]))
+        plan = tile, str(row["splits"]), str(row["waves"]), byte_text(row["bytes_moved"])
+        share = f"{row['us']:,.1f}", row["bound"], f"{row['bound_share']:.0%}", ratio_text(row["ratio"])
+        made.add_row(row["dtype"], *shape, *plan, *share)
+    console.print(made)
+    console.print(
+        "kernel: tile as rows of W × rows of x. of bound: share of the tighter of memory and tensor cores, launch "
+        "included.\ndense: predicted gain over dense bfloat16 at its own bound, without launch. "
+        f"All of it is {value['note']}.",
+        style="dim",
+        markup=False,
+    )
+
+
 def tune_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom bench tune`."""
     made = table("dtype", "M", "permuted µs", "lanes µs")
