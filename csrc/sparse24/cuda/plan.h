@@ -91,7 +91,7 @@ inline StageCycles stage_cycles(const Tile& t, int bytes, const Gpu& g) {
   StageCycles c;
   c.matrix = stage_counts(t, bytes).matrix * g.mma_cycles / 4;
   c.shared = stage_counts(t, bytes).wavefronts;
-  // Counted in SASS: at most 75 instructions of a stage beside those of its steps, copies among them.
+  // Counted in SASS: about 75 instructions of a stage beside those of its steps, copies among them.
   c.issue = warps * (steps * (instructions + panels * (2 + words) + columns + 4) + 75) / 4;
   return c;
 }
