@@ -264,7 +264,6 @@ def test_square_root_in_each_rounding_mode(mode):
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize("op", ["add", "sub", "mul", "fma"])
 def test_packed_arithmetic_rounds_once(kind, op):
-    """Against exact fractions: a fused operation in double and rounded again would fail on the ties."""
     bits = RNG.integers(0, 65536, (3, 4000)).astype(np.uint16)
     keep, exponent = (0x83FF, 0x3C00) if kind == "bf16" else (0x9FFF, 0x2000)
     bits = (bits & keep) | exponent
@@ -282,6 +281,24 @@ def test_packed_arithmetic_rounds_once(kind, op):
             assert np.isinf(result)
         else:
             assert Fraction(float(result)) == expected
+
+
+def test_a_term_far_below_the_last_place_still_decides():
+    """Lost in a double, but not in round-to-odd: ties of bf16 and directed rounding of f32."""
+    tiny = np.array([1, -1], np.float32) * np.float32(2.0**-100)
+    tie = [np.full(2, v, np.float32) for v in (1 + 2.0**-7, 1.5)]
+    as_bits = [(v.view(np.uint32) >> 16).astype(np.uint16) for v in (*tie, tiny)]
+    got = as_float("bf16", apply("fma.rn.bf16", "bf16", [("bf16", v) for v in as_bits]))
+    np.testing.assert_array_equal(got, [1.5 + 2 * 2.0**-7, 1.5 + 2.0**-7])
+    one = np.ones(2, np.float32)
+    above, below = np.nextafter(one, np.float32(2)), np.nextafter(one, np.float32(0))
+    wanted = {"rn": one, "rz": [1, below[1]], "rm": [1, below[1]], "rp": [above[0], 1]}
+    for mode, expected in wanted.items():
+        np.testing.assert_array_equal(
+            apply(f"add.{mode}.f32", "f32", [("f32", one), ("f32", tiny)]), expected
+        )
+        inputs = [("f32", one), ("f32", one), ("f32", tiny)]
+        np.testing.assert_array_equal(apply(f"fma.{mode}.f32", "f32", inputs), expected)
 
 
 def test_saturation_flushing_and_nan():
