@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lissom
-from lissom import _C, ops
+from lissom import ops
 from lissom.reference import sparse24 as twin
 
 NIBBLES = twin.LEGAL_NIBBLES
@@ -42,7 +42,7 @@ def missing(device: str) -> list[str]:
     """
     if device == "cpu":
         return []
-    found = _C.cuda_info()
+    found = lissom.cuda_info()
     lacks = []
     if not found["architectures"]:
         lacks.append(
@@ -321,7 +321,7 @@ def run(
         raise RuntimeError(f"no selftest on {device}: " + "; ".join(lacks))
     start, tiers = time.perf_counter(), _tiers(device)
     groups: list[dict[str, Any]] = []
-    before = _C.cpu_isa()
+    before = lissom.cpu_isa()
     try:
         for tier in tiers:
             if device == "cpu":
@@ -346,7 +346,7 @@ def run(
         table = cuda.run()
     return {
         "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _C.cpu_info()["model"],
+        "name": torch.cuda.get_device_name() if device == "cuda" else lissom.cpu_info()["model"],
         "passed": passed,
         "versions": _versions(device),
         "groups": groups,
@@ -385,7 +385,7 @@ def _tiers(device: str) -> list[str]:
     if device == "cuda":
         return ["sm_{}{}".format(*torch.cuda.get_device_capability())]
     every = ["portable", "avx2", "avx512", "avx512x", "amx"]
-    return every[: every.index(_C.cpu_info()["detected_isa"]) + 1]
+    return every[: every.index(lissom.cpu_info()["detected_isa"]) + 1]
 
 
 def _versions(device: str) -> dict[str, str]:

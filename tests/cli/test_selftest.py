@@ -109,7 +109,7 @@ CUDA_TORCH = SimpleNamespace(
     ],
 )
 def test_it_says_what_is_missing(monkeypatch, build, says):
-    monkeypatch.setattr(selftest, "_C", SimpleNamespace(cuda_info=lambda: build))
+    monkeypatch.setattr(selftest.lissom, "cuda_info", lambda: build)
     monkeypatch.setattr(selftest, "torch", CUDA_TORCH)
     with pytest.raises(RuntimeError, match=says):
         selftest.run("cuda")

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lissom import _C  # torch is loaded by the package
-
 NOTE = "predicted on paper, not measured"
 GPUS = {"a100": "A100 80GB SXM", "h100": "H100 SXM", "b200": "B200", "rtx50": "RTX 5090"}
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "int8": 1}
@@ -32,6 +30,8 @@ def predict(gpu: str, dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
     >>> row["bound"], row["kernel"], row["note"]
     ('memory', 'gemm', 'predicted on paper, not measured')
     """
+    from lissom import _C
+
     found = _C.sparse24_predict(gpu, m, n, k, ELEMENT_BYTES[dtype])
     micro = {name.replace("seconds", "us"): 1e6 * s for name, s in found.items() if name.endswith("seconds")}
     return {
