@@ -51,13 +51,10 @@ class Clocks {
   bool ordered(const Access& earlier, int thread) const {
     return earlier.thread == thread || earlier.clock <= (*known_[thread])[earlier.thread];
   }
-  // For a read on behalf of all lanes of a warp: even a lane's own store must be behind a synchronisation.
-  bool ordered_for_warp(const Access& earlier, int warp) const {
-    const int end = std::min(32 * warp + 32, threads());
-    for (int t = 32 * warp; t < end; ++t)
-      if ((t == 32 * warp || known_[t] != known_[t - 1]) && earlier.clock > (*known_[t])[earlier.thread])
-        return false;
-    return true;
+  // For a read on behalf of all lanes of a warp, which all know the same: even a store of the thread itself must be behind a
+  // synchronisation.
+  bool ordered_for_warp(const Access& earlier, int thread) const {
+    return earlier.clock <= (*known_[thread])[earlier.thread];
   }
 
  private:
@@ -88,7 +85,7 @@ class Shadow {
     return each(a, offset, bytes, [&](Cell& cell, uint32_t at) -> Found {
       if (cell.copying) return Conflict{Wrong::in_flight, cell.write, at};
       if ((cell.valid & a.bytes) != a.bytes) return Conflict{Wrong::uninitialised, cell.write, at};
-      if ((cell.write.bytes & a.bytes) && !(whole_warp ? clocks.ordered_for_warp(cell.write, a.thread / 32)
+      if ((cell.write.bytes & a.bytes) && !(whole_warp ? clocks.ordered_for_warp(cell.write, a.thread)
                                                        : clocks.ordered(cell.write, a.thread)))
         return Conflict{Wrong::race, cell.write, at};
       if (cell.atomics)

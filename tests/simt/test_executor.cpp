@@ -47,6 +47,9 @@ bool schedules_differ_and_repeat() {
     REQUIRE(order_of(Schedule::random, seed) == order_of(Schedule::random, seed));
   }
   REQUIRE(seen.size() == 20 && !seen.count(forward) && !seen.count(reverse));
+  std::set<bool> first_block_first;
+  for (const std::vector<int>& order : seen) first_block_first.insert(order[0] < 96);
+  REQUIRE(first_block_first.size() == 2);
   return true;
 }
 

@@ -12,11 +12,12 @@ using simt::Kind;
 
 namespace {
 
-// A kernel of 64 threads with 1 KiB of shared memory; float[64] and uint32_t[64] in global memory.
+// A kernel, mostly of 64 threads, with 1 KiB of shared memory; float[64] and uint32_t[64] in global memory.
 struct Case {
   const char* name;
   std::optional<Kind> kind;  // none: must stay silent
   void (*kernel)(float*, uint32_t*);
+  int threads = 64;
 };
 const dev::Shared<uint8_t> bytes = shared<uint8_t>(0);
 const dev::Shared<uint32_t> words = shared<uint32_t>(0);
@@ -96,20 +97,37 @@ const Case kCases[] = {
     {"two writes", Kind::race, [](float*, uint32_t*) { words.store(dev::thread() / 2, 1); }},
     {"two writes to halves of a cell", std::nullopt,
      [](float*, uint32_t*) { bytes.store(dev::thread(), 1); }},
-    {"ordered through a third thread", std::nullopt,
+    {"ordered through a third warp", std::nullopt,
      [](float*, uint32_t*) {
        if (dev::thread() == 0) words.store(0, 1);
        if (dev::warp() == 0) dev::barrier_arrive(1, 64);
-       if (dev::warp() == 1) dev::barrier_sync(1, 64), words.load(0);
-       if (dev::thread() == 32) words.store(1, 1);
-       if (dev::warp() == 1) dev::barrier_arrive(2, 64);
-       if (dev::warp() == 0) dev::barrier_sync(2, 64), words.load(1);
-       if (dev::thread() == 1) words.store(0, 2);
-     }},
+       if (dev::warp() == 1) dev::barrier_sync(1, 64), dev::barrier_arrive(2, 64);
+       if (dev::warp() == 2) dev::barrier_sync(2, 64), words.load(0);
+     },
+     96},
+    {"a third warp, not ordered", Kind::race,
+     [](float*, uint32_t*) {
+       fill();
+       if (dev::thread() == 0) words.store(0, 1);
+       if (dev::warp() == 0) dev::barrier_sync(1, 64);
+       if (dev::warp() == 1) dev::barrier_arrive(1, 64), dev::barrier_arrive(2, 64);
+       if (dev::warp() == 2) dev::barrier_sync(2, 64), words.load(0);
+     },
+     96},
     {"arriving is not waiting", Kind::race,
      [](float*, uint32_t*) {
        if (dev::warp() == 1) words.store(dev::lane(), 1), dev::barrier_sync(1, 64);
-       if (dev::warp() == 0) dev::barrier_arrive(1, 64), words.store(dev::lane(), 1);
+       if (dev::warp() == 0) dev::barrier_arrive(1, 64), dev::warp_sync(), words.store(dev::lane(), 1);
+     }},
+    {"reads before and behind a barrier, then a write that is behind the first", Kind::race,
+     [](float*, uint32_t*) {
+       fill();
+       if (dev::warp() == 0) dev::barrier_sync(1, 64);
+       if (dev::thread() == 0) words.load(0), words.store(0, 1);
+       if (dev::warp() == 0) return;
+       words.load(0);
+       dev::barrier_arrive(1, 64);
+       for (int i = 0; i < 7; ++i) words.load(0), dev::warp_sync();  // 256 reads: the next makes room
      }},
     {"atomics among themselves", std::nullopt,
      [](float*, uint32_t* u) {
@@ -119,6 +137,7 @@ const Case kCases[] = {
        dev::atomic_add(u, 1u);
        dev::barrier();
        words.load(0);
+       dev::load_plain(u);
      }},
     {"an atomic, then a plain read", Kind::race,
      [](float*, uint32_t*) {
@@ -130,10 +149,18 @@ const Case kCases[] = {
     {"a plain read, then an atomic", Kind::race,
      [](float*, uint32_t*) {
        fill();
-       if (dev::warp() == 0)
-         words.load(0);
-       else
-         dev::atomic_cas(words, 0u, 1u);
+       if (dev::lane() == 0) words.load(dev::warp());
+       dev::shuffle(1, 0);
+       if (dev::lane() == 1) dev::atomic_cas(words + dev::warp(), 0u, 1u);
+     }},
+    {"a byte read, its neighbour written, then itself", Kind::race,
+     [](float*, uint32_t*) {
+       fill();
+       if (dev::thread() == 0) bytes.load(0);
+       dev::shuffle(1, 0);
+       if (dev::thread() == 1) bytes.store(1, 1);
+       dev::shuffle(1, 0);
+       if (dev::thread() == 2) bytes.store(0, 1);
      }},
     {"ldmatrix of rows that each lane just stored", Kind::race,
      [](float*, uint32_t*) {
@@ -282,6 +309,8 @@ const Case kCases[] = {
        else
          dev::all(true);
      }},
+    {"two operations at one line", Kind::divergence,
+     [](float*, uint32_t*) { dev::lane() & 1 ? dev::any(true) : dev::all(true); }},
     {"one operation at two lines", Kind::divergence,
      [](float*, uint32_t*) {
        if (dev::lane() & 1)
@@ -334,7 +363,7 @@ bool as_expected(const Case& c, simt::Schedule schedule, simt::Landing landing, 
   run.schedule = schedule;
   run.landing = landing;
   run.seed = seed;
-  const int error = dev::launch(c.kernel, dev::Grid{}, 64, 1024, nullptr, p.data(), u.data());
+  const int error = dev::launch(c.kernel, dev::Grid{}, c.threads, 1024, nullptr, p.data(), u.data());
   const bool right = run.fault ? c.kind && run.fault->kind == *c.kind : !c.kind;
   if (right && error == (c.kind ? simt::kLaunchFailure : 0)) return true;
   fprintf(stderr, "%s (schedule %d, seed %d): %s\n", c.name, static_cast<int>(schedule),

@@ -101,7 +101,7 @@ def test_sanitizers_are_silent_on_the_controls_and_find_the_source_past_the_end(
 
 @pytest.mark.parametrize(
     "source, printed",
-    [("test_reports.cpp", "reports: 65 of 65\n"), ("test_instructions.cpp", "instructions: ok\n")],
+    [("test_reports.cpp", "reports: 69 of 69\n"), ("test_instructions.cpp", "instructions: ok\n")],
 )
 def test_program(simt, build, source, printed):
     answer = simt.run(build(source))
