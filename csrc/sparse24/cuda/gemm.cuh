@@ -85,7 +85,7 @@ struct Gemm {
   int fragment_at, meta_at, x_at, x_chunk;  // where this lane reads in a stage
 
   LISSOM_DEVICE explicit Gemm(const Work& work) : w(work) {
-    // Bands of eight panels of tiles, all tokens of a band first: blocks that run together share W and x in L2.
+    // Bands of eight tiles of W, each with all tokens: blocks that run together share W and x in L2.
     constexpr int64_t kBand = 8;
     const int64_t down = (w.panels + kTilePanels - 1) / kTilePanels;
     const int64_t across = (w.p.m + kTile.tokens - 1) / kTile.tokens;
