@@ -8,6 +8,7 @@ torch.ops.lissom, so the dispatcher, the allocator and the stream are tested too
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import lissom
 from lissom import ops
+from lissom.benchmark import predict
 from lissom.reference import sparse24 as twin
 
 NIBBLES = twin.LEGAL_NIBBLES
@@ -24,10 +26,6 @@ NIBBLES = twin.LEGAL_NIBBLES
 SHAPES = (
     (1, 1, 4), (1, 40, 132), (2, 64, 1024), (3, 31, 36), (4, 129, 1028), (5, 64, 64), (8, 33, 100),
     (16, 200, 516), (17, 65, 1024), (64, 129, 260), (130, 136, 132), (257, 40, 68),
-)  # fmt: skip
-GPU_SHAPES = (
-    (1, 4096, 2048), (16, 4096, 4096), (24, 2048, 2048), (48, 4096, 1024),
-    (129, 1024, 2048), (200, 4096, 1028), (1025, 2056, 1024), (2048, 4096, 512),
 )  # fmt: skip
 OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -198,9 +196,25 @@ def formats(device: str, dtype: torch.dtype) -> Checks:
         )
 
 
+def shapes_of_every_kernel(gpu: str) -> list[tuple[int, int, int]]:
+    """The smallest of some sizes, with tails, for each tile that a GPU uses, with k in one part and in several.
+
+    >>> shapes_of_every_kernel("a100")[0]
+    (1, 64, 260)
+    """
+    found: dict[tuple[Any, bool], tuple[int, int, int]] = {}
+    sides = ((64, 260), (504, 1028), (1000, 1028), (2024, 2052), (4072, 4092))
+    rows = (1, 2, 4, 5, 9, 17, 24, 33, 48, 65, 100, 129, 200, 257, 513, 1025, 2047)
+    for m, n, k in sorted(((m, n, k) for m in rows for n, k in sides), key=math.prod):
+        plan = predict.predict(gpu, "bfloat16", m, n, k)
+        found.setdefault((plan["tile"] and tuple(plan["tile"]), plan["splits"] > 1), (m, n, k))
+    return list(found.values())
+
+
 def products(device: str, dtype: torch.dtype) -> Checks:
     """sparse24_linear with exact inputs, every shape; bias, relu, residual and both types of y in turn."""
-    for turn, sizes in enumerate(SHAPES if device == "cpu" else SHAPES + GPU_SHAPES):
+    more = shapes_of_every_kernel(f"cuda:{torch.cuda.current_device()}") if device == "cuda" else []
+    for turn, sizes in enumerate([*SHAPES, *more]):
         p = Problem(sizes, dtype, device)
         out = (dtype, torch.float32)[turn % 2]
         bias = (None, p.numbers(p.n), p.numbers(p.n, dtype=torch.float32))[turn % 3]

@@ -162,3 +162,12 @@ def test_the_table_tells_measured_from_predicted():
     assert head.count("measured") == 3
     assert len(head.split("|")) == len(line.split("|"))
     assert f"| 20.0 | {row['us']:.1f} | 30.0 | 1.50 |" in line
+
+
+@pytest.mark.parametrize("gpu", sorted(predict.GPUS))
+def test_a_gpu_is_tested_in_every_kernel_that_it_uses(gpu):
+    shapes = selftest.shapes_of_every_kernel(gpu)
+    tiles = {tuple(predict.predict(gpu, "bfloat16", *sizes)["tile"] or ()) for sizes in shapes}
+    assert () in tiles  # gemv
+    assert len(tiles) >= 8
+    assert sum(m * n * k for m, n, k in shapes) < 3e10  # float64 on the CPU, in seconds
