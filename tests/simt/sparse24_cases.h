@@ -16,6 +16,13 @@
 
 namespace cases {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized =
+    true;  // ten times as slow: fewer cases will do, as the sanitizers do not depend on the schedule
+#else
+constexpr bool kSanitized = false;
+#endif
+
 // Number of the statement that is left out (a wait may instead be one group too weak); 0: none.
 inline int left_out = 0;
 inline bool weaker = false;

@@ -206,7 +206,8 @@ int formats() {
   const auto ways = cases::ways(20);
   size_t turn = 0;
   const auto next = [&]() -> const Way& { return ways[turn++ % ways.size()]; };
-  for (const int64_t n : {0, 1, 7, 8, 9, 33})
+  for (const int64_t n : {0, 1, 7, 8, 9, 33}) {
+    if (cases::kSanitized && n > 1 && n < 33) continue;
     for (const int64_t k : {0, 4, 8, 12, 60, 64, 68, 124, 128, 132, 260}) {
       const auto seed = static_cast<uint64_t>(1000 * n + k);
       check_formats<uint8_t>(n, k, next(), seed);
@@ -217,10 +218,11 @@ int formats() {
         check_pack<uint8_t>(n, k, 3, forged, next(), seed);
       }
     }
+  }
   // More rows than one round of the verdict, the first bad one in any of its threads; and all schedules on one problem.
   for (const int64_t n : {255, 256, 257, 700})
     check_formats<uint16_t>(n, 4, next(), static_cast<uint64_t>(n));
-  for (const Way& way : ways) {
+  for (const Way& way : cases::ways(cases::kSanitized ? 0 : 20)) {
     check_formats<uint16_t>(33, 132, way, way.seed);
     check_pack<uint16_t>(33, 132, 1, true, way, way.seed);
     check_pack<uint8_t>(33, 132, 3, true, way, way.seed);

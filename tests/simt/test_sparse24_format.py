@@ -67,7 +67,6 @@ def test_memory_is_touched_in_whole_sectors(plain):
     ("file", "right", "wrong"),
     [
         ("format.cuh", "j < i ? magnitude(quad[j]) >=", "j < i ? magnitude(quad[j]) >"),
-        ("format.cuh", "kept[s] = magnitude(kept[s]) ? kept[s] : T{0}", "kept[s] = kept[s]"),
         ("pack.cuh", "(4 * t + 16 * (r / 2)) / (2 * Bytes)", "(4 * t + 8 * (r / 2)) / (2 * Bytes)"),
     ],
 )
