@@ -136,7 +136,8 @@ def fragments(device: str, dtype: torch.dtype) -> Checks:
     column = torch.zeros(len(cases) * 32, dtype=torch.long)
     for case, (nibble, slot, shift) in enumerate(cases):
         for row in range(32):
-            n, quad = 32 * case + row, (row + shift) % 8
+            # Another quad in each eight rows: those that share a lane must not look alike.
+            n, quad = 32 * case + row, (row + row // 8 + shift) % 8
             quads[n, quad] = nibble
             values[n, 2 * quad + slot] = 1
             column[n] = 4 * quad + (nibble >> 2 if slot else nibble & 3)
