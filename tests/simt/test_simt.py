@@ -122,6 +122,11 @@ def test_schedules_launches_and_counters(simt, build):
         assert 32 * place["sectors"] == place["bytes"] == 32 * place["ideal"]
 
 
+def test_portable_fibers(simt):
+    answer = simt.run(simt.program("test_executor.cpp", flags=("-DSIMT_UCONTEXT",)))
+    assert answer.returncode == 0, answer.stderr
+
+
 @pytest.mark.parametrize("bits, dtype", [(16, torch.bfloat16), (17, torch.float16), (8, torch.int8)])
 def test_sparse_product_of_what_torch_converts(simt, tmp_path, bits, dtype):
     """Values and metadata straight from torch's converter (CUTLASS layout): word l of a block goes to lane l."""
