@@ -44,7 +44,8 @@ def test_decodes_to_the_same_weight(weight, dtype, suffix, two_four):
     weight = weight.to(dtype)
     old = bitmask_compress(weight, f"mlp.up{suffix}", two_four=two_four)
     if not two_four:
-        old[f"mlp.up{suffix}.row_offsets"] = torch.zeros(16)
+        counts = (weight != 0).sum(1)
+        old[f"mlp.up{suffix}.row_offsets"] = counts.cumsum(0) - counts
     state = from_compressed_tensors({**old, "norm.weight": torch.ones(3)})
     assert set(state) == {"mlp.up.weight", "mlp.up.weight_meta", "norm.weight"}
     assert torch.equal(
@@ -72,17 +73,28 @@ def test_loads_into_the_module(weight):
             TypeError,
             "must be float32, bfloat16 or float16",
         ),
-        ({"a.compressed": torch.zeros(16, 17)}, ValueError, "keeps 288 values, compressed has 272"),
+        (
+            {"a.compressed": torch.zeros(16, 17)},
+            ValueError,
+            r"a\.compressed must be \[16, 18\], .* got \[16, 17\]",
+        ),
+        ({"a.compressed": torch.zeros(272)}, ValueError, r"keeps 288 values, a\.compressed has 272"),
         (
             {"a.shape": torch.tensor([16, 44])},
             ValueError,
-            r"must be uint8 \[16, 6\], got torch\.uint8 \[16, 5\]",
+            r"must be U8 \[16, 6\] .* got U8 \[16, 5\]",
         ),
-        ({"a.shape": torch.tensor([16])}, ValueError, "two positive sizes"),
+        ({"a.shape": torch.tensor([16])}, ValueError, r"must be U8 \[2\] for a tensor of \[16\]"),
+        ({"a.shape": torch.tensor([16, 0])}, ValueError, "positive sizes"),
         (
-            {"a.bitmask": torch.full((16, 5), 0x77, dtype=torch.uint8), "a.compressed": torch.ones(16, 27)},
+            {"a.bitmask": torch.tensor([[0x77] * 4 + [0x07]] * 16).byte(), "a.compressed": torch.ones(432)},
             ValueError,
-            "cannot be packed",
+            r"cannot be packed: it is not 2:4 \(row 0, columns 0 to 7\)",
+        ),
+        (
+            {"a.bitmask": torch.full((16, 5), 0x17, dtype=torch.uint8)},
+            ValueError,
+            "keeps columns behind the last",
         ),
     ],
 )
@@ -90,3 +102,8 @@ def test_refusals(weight, change, error, message):
     state = bitmask_compress(weight, "a") | change
     with pytest.raises(error, match=message):
         from_compressed_tensors({name: tensor for name, tensor in state.items() if tensor is not None})
+
+
+def test_what_has_no_bitmask_is_passed_through():
+    state = {"a.weight": torch.ones(2)}
+    assert from_compressed_tensors(state) == state

@@ -271,7 +271,7 @@ def _check_packed_module(tensors: Mapping[str, TensorInfo], name: str) -> None:
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_regular_file(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")

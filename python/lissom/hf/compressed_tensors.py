@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads weights in the retired sparse formats of compressed-tensors, which no other library runs any more.
+"""Reads state dicts in the retired sparse formats of compressed-tensors, which no other library runs any more.
 
-``sparse-24-bitmask`` and the older ``sparse-bitmask`` store three tensors a weight: ``shape`` (two int64),
-``compressed`` (the kept values in row-major order) and ``bitmask`` (uint8 ``[N, ceil(K/8)]``; bit i of
-byte j is set where column 8j+i is kept).
+`lissom.hf.convert_folder` converts whole folders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from lissom import ops
+from lissom.hf.foreign.bitmask import BitmaskWeight
+from lissom.hf.foreign.declared import Declared
+from lissom.hf.foreign.find import find_weights
+from lissom.models.shards import DTYPES
 
-_PARTS = ("shape", "compressed", "bitmask", "row_offsets")
+_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+_VALUES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def from_compressed_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -39,41 +42,41 @@ def from_compressed_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
         >>> {name: tensor.tolist() for name, tensor in from_compressed_tensors(old).items()}
         {'up.weight': [[5.0, 7.0]], 'up.weight_meta': [[13]]}
     """
-    owners = [name.removesuffix(".bitmask") for name in state_dict if name.endswith(".bitmask")]
-    parts = {f"{owner}.{part}" for owner in owners for part in _PARTS}
-    converted = {name: tensor for name, tensor in state_dict.items() if name not in parts}
-    for owner in owners:
-        for part in ("shape", "compressed"):
-            if f"{owner}.{part}" not in state_dict:
-                raise ValueError(f"{owner}.bitmask has no {owner}.{part} beside it")
-        module = owner.removesuffix(".weight")
-        dense = _decode(
-            owner, *(state_dict[f"{owner}.{part}"] for part in ("shape", "compressed", "bitmask"))
-        )
-        try:
-            values, meta = ops.sparse24_compress(dense)
-        except ValueError as error:
-            raise ValueError(f"{owner} cannot be packed: {error}") from error
-        converted[f"{module}.weight"], converted[f"{module}.weight_meta"] = values, meta
+    for name, tensor in state_dict.items():
+        if name.endswith(".compressed") and tensor.dtype not in _VALUES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if not any(name.endswith(".bitmask") for name in state_dict):
+        return dict(state_dict)
+    held = {name: _Held(name, tensor) for name, tensor in state_dict.items()}
+    found = find_weights(held, Declared())
+    converted = {name: state_dict[name] for name in found.others}
+    for weight in found.weights.values():
+        if not isinstance(weight, BitmaskWeight):
+            raise ValueError(
+                f"{weight.name} is stored as {weight.format}: convert its folder with convert_folder"
+            )
+        obstacle = weight.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"{weight.name} cannot be packed: {obstacle}")
+        module = weight.name.removesuffix(".weight")
+        converted[f"{module}.weight"], converted[f"{module}.weight_meta"] = weight.packed()
     return converted
 
 
-def _decode(owner: str, shape: torch.Tensor, compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
-    if compressed.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{owner}.compressed must be float32, bfloat16 or float16, got {compressed.dtype}")
-    sizes = shape.flatten().tolist()
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f"{owner}.shape must hold two positive sizes, got {sizes}")
-    rows, columns = sizes
-    wanted = [rows, (columns + 7) // 8]
-    if bitmask.dtype != torch.uint8 or list(bitmask.shape) != wanted:
-        raise ValueError(f"{owner}.bitmask must be uint8 {wanted}, got {bitmask.dtype} {list(bitmask.shape)}")
-    bits = bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    kept = bits.flatten(1)[:, :columns].bool()
-    if int(kept.sum()) != compressed.numel():
-        raise ValueError(
-            f"{owner}.bitmask keeps {int(kept.sum())} values, compressed has {compressed.numel()}"
-        )
-    dense = torch.zeros(rows, columns, dtype=compressed.dtype)
-    dense[kept] = compressed.flatten()
-    return dense
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in memory, spoken of like one in a file."""
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        return _SPELLED.get(self.tensor.dtype, str(self.tensor.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> torch.Tensor:
+        return self.tensor.detach().cpu()

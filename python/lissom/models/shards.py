@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -97,6 +97,20 @@ class Stored:
         return DTYPES[self.dtype]
 
 
+class Copied(Protocol):
+    """A tensor whose bytes come piece by piece: `Stored` is one, or something that makes them on the way."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+    def chunks(self) -> Iterator[bytes | memoryview]: ...
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Lists the tensors of a model folder without reading their values.
 
@@ -165,16 +179,16 @@ class ShardWriter:
             for tensor in tensors.values():
                 stream.write(_buffer(tensor.detach().contiguous()))
 
-    def copy(self, tensors: Iterable[Stored]) -> None:
-        """Copy tensors from other files, byte by byte, about 5 GB to a file.
+    def copy(self, tensors: Iterable[Copied]) -> None:
+        """Write tensors that come byte by byte, about 5 GB to a file.
 
         Args:
-            tensors: where they lie.
+            tensors: where they lie, or what makes them; asked for their bytes in this order.
 
         Raises:
             ValueError: a tensor of this name was written before.
         """
-        shard: list[Stored] = []
+        shard: list[Copied] = []
         for tensor in tensors:
             if shard and sum(other.size for other in shard) + tensor.size > _SHARD:
                 self._copy(shard)
@@ -195,7 +209,7 @@ class ShardWriter:
         for number, name in enumerate(names, 1):
             os.replace(self._folder / _part_name(number), self._folder / name)
 
-    def _copy(self, tensors: list[Stored]) -> None:
+    def _copy(self, tensors: list[Copied]) -> None:
         with self._part([(each.name, each.dtype, each.shape, each.size) for each in tensors]) as stream:
             for tensor in tensors:
                 stream.writelines(tensor.chunks())
