@@ -49,14 +49,20 @@ class CMakeBuild(build_ext):
             f"-DLISSOM_TORCH={torch_folder()}",
             f"-DLISSOM_CUDA={cuda_choice()}",
         ]
-        # An earlier isolated build may have left the path of a ninja that is gone by now in CMake's cache.
-        configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        # Earlier builds may have left another output folder, or a ninja that is gone by now, in CMake's cache.
+        configure += [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+        ]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run([*configure, f"-Dpybind11_DIR={pybind11_cmake()}"], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        # Not linked there directly: builds of another tag share the target, and would take it for their own.
+        # Not linked there directly: builds of another tag share the target, and would take it for their own. And not
+        # written over in place: a process that has the old one mapped would crash.
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / target.name, target)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(build / target.name, fresh)
+        fresh.replace(target)
 
 
 def pybind11_cmake() -> str:
