@@ -79,4 +79,4 @@ class _Held:
         return tuple(self.tensor.shape)
 
     def read(self) -> torch.Tensor:
-        return self.tensor.detach().cpu()
+        return self.tensor.detach().cpu().clone()

@@ -116,7 +116,7 @@ def convert_folder(
     Example:
         >>> convert_folder("/nowhere", "out")
         Traceback (most recent call last):
-        lissom.hf.checkpoint.CheckpointError: /nowhere is not a model folder: there is no such folder
+        lissom.hf.checkpoint.CheckpointError: /nowhere is not a model folder: there is no such folder...
     """
     start = time.perf_counter()
     tell = on_event or (lambda event: None)

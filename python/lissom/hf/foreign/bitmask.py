@@ -119,11 +119,13 @@ class BitmaskWeight:
         if self.format == STRUCTURED:
             return None
         bits = self._read_bits()
-        over = _QUAD_COUNT[bits.numpy()] > 2
-        if not over.any():
-            return None
-        row, byte = (int(index) for index in np.argwhere(over)[0])
-        return f"it is not 2:4 (row {row}, columns {8 * byte} to {min(8 * byte + 7, self.shape[1] - 1)})"
+        for low in range(0, len(bits), step := block_rows(self.shape[1])):
+            over = np.argwhere(_QUAD_COUNT[bits[low : low + step].numpy()] > 2)
+            if len(over):
+                row, byte = low + int(over[0, 0]), int(over[0, 1])
+                last = min(8 * byte + 7, self.shape[1] - 1)
+                return f"it is not 2:4 (row {row}, columns {8 * byte} to {last})"
+        return None
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Values [N, K/2] and metadata [N, ceil(K/8)] of the canonical form, a block of rows at a time.
@@ -133,14 +135,14 @@ class BitmaskWeight:
         """
         rows, columns = self.shape
         kept = self.compressed.read()
-        values = kept.new_empty(rows, columns // 2)
         meta = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8)
         if self.format == STRUCTURED:
             bits = self._read_bits(count=False)
             for low in range(0, rows, step := block_rows(columns)):
                 part = slice(low, low + step)
-                values[part], meta[part] = canonical(kept[part], self._meta(bits[part], low))
-            return values, meta
+                kept[part], meta[part] = canonical(kept[part], self._meta(bits[part], low))
+            return kept, meta
+        values = kept.new_empty(rows, columns // 2)
         for low, block in self._blocks(kept):
             part = slice(low, low + len(block))
             values[part], meta[part] = ops.sparse24_compress(block)
@@ -161,11 +163,9 @@ class BitmaskWeight:
         for low in range(0, len(bits), step := block_rows(columns)):
             unpacked = np.unpackbits(bits[low : low + step].numpy(), axis=1, count=columns, bitorder="little")
             mask = torch.from_numpy(unpacked).bool()
-            block = kept.new_zeros(mask.shape)
             count = int(mask.sum())
-            block[mask] = kept[at : at + count]
+            yield low, kept.new_zeros(mask.shape).masked_scatter_(mask, kept[at : at + count])
             at += count
-            yield low, block
 
     def _read_shape(self) -> tuple[int, ...]:
         if self.size.dtype not in ("I64", "I32") or not 1 <= math.prod(self.size.shape) <= _MOST_DIMENSIONS:
@@ -189,7 +189,7 @@ class BitmaskWeight:
                 f"{columns - 1}"
             )
         if count:
-            self._check_counts(torch.from_numpy(_COUNT[bits.numpy()].sum(1, dtype=np.int64)))
+            self._check_counts(torch.cat([_counts(block) for block in bits.split(block_rows(columns))]))
         return bits
 
     def _check_counts(self, counts: Tensor) -> None:
@@ -202,11 +202,12 @@ class BitmaskWeight:
         if self.offsets is None:
             return
         found = self.offsets.read().flatten().to(torch.int64)
-        if not torch.equal(found, counts.cumsum(0) - counts):
-            row = int((found != counts.cumsum(0) - counts).nonzero()[0])
+        by_row = counts.view(self.shape[:-1])
+        wanted = (by_row.cumsum(0) - by_row).flatten()  # along the first dimension, as its writer did
+        if not torch.equal(found, wanted):
+            row = int((found != wanted).nonzero()[0])
             raise CheckpointError(
-                f"{told(self.offsets)} is corrupt: row {row} begins at {int(counts[:row].sum())}, not "
-                f"{int(found[row])}"
+                f"{told(self.offsets)} is corrupt: row {row} begins at {int(wanted[row])}, not {int(found[row])}"
             )
 
     def _meta(self, bits: Tensor, first_row: int) -> Tensor:
@@ -219,3 +220,8 @@ class BitmaskWeight:
                 f"its bits are {int(quads[row, quad]):04b}"
             )
         return pack_nibbles(every)
+
+
+def _counts(bits: Tensor) -> Tensor:
+    """Bits that are set in each row; indexing takes eight bytes a byte, so not of a whole mask at once."""
+    return torch.from_numpy(_COUNT[bits.numpy()].sum(1, dtype=np.int64))

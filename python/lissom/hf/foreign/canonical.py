@@ -28,7 +28,8 @@ class Source(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> Tensor: ...
+    def read(self) -> Tensor:
+        """Its values, in memory that the reader may write to."""
 
 
 def told(source: Source) -> str:

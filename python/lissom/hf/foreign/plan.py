@@ -33,7 +33,8 @@ _TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _GPTQ_CONFIG = "quantize_config.json"
 # Bytes a dense element of a block needs while it is decoded: integers, float32 values, positions, the packed block.
-_BLOCK_BYTES = 16
+_BLOCK_BYTES = 24
+_BUFFERS = 64 << 20  # copies of other tensors, the allocator's slack
 _BUILD_ERRORS = (
     ValueError,
     KeyError,
@@ -109,7 +110,7 @@ class Plan:
     def peak_bytes(self) -> int:
         """Memory beside the program, at most: the largest weight in both forms, and a block of it."""
         largest = max(layer.source_bytes + layer.output_bytes for layer in self.layers)
-        return largest + _BLOCK_BYTES * BLOCK_ELEMENTS
+        return largest + _BLOCK_BYTES * BLOCK_ELEMENTS + _BUFFERS
 
 
 def make_plan(folder: Path, *, dtype: torch.dtype | str | None = None, scales: Scales = "auto") -> Plan:
@@ -131,7 +132,8 @@ def make_plan(folder: Path, *, dtype: torch.dtype | str | None = None, scales: S
     if scales not in get_args(Scales):
         raise ValueError(f"scales must be one of {', '.join(get_args(Scales))}, got {scales!r}")
     if not folder.is_dir():
-        state = "it is a file" if folder.exists() else "there is no such folder"
+        absent = "there is no such folder; lissom convert reads local folders: download the model first"
+        state = "it is a file" if folder.exists() else absent
         raise CheckpointError(f"{folder} is not a model folder: {state}")
     check_links(folder, [folder / name for name in (CONFIG_NAME, INDEX_NAME, _GPTQ_CONFIG)])
     config = read_config(folder)
@@ -286,7 +288,7 @@ def _reason(weight: Foreign, place: tuple[str, Origin] | None, model: Any) -> st
     owner, _, attribute = target.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or attribute != "weight":
-        return f"it belongs to a {type(module).__name__}, not to a linear"
+        return f"its place is a {type(module).__name__}, no linear"
     tied = model.all_tied_weights_keys or {}
     if target in tied or target in tied.values():
         return "it is shared with another module"
