@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lissom
-from lissom.cli import demo, look, make, measure, selftest
+from lissom.cli import convert, demo, look, make, measure, selftest
 
 app = typer.Typer(
     name="lissom",
@@ -26,6 +26,7 @@ app.command("eval")(measure.evaluate)
 app.command()(measure.generate)
 app.add_typer(measure.bench, name="bench")
 app.command()(make.run)
+app.command()(convert.convert)
 app.command()(look.report)
 app.command()(demo.demo)
 app.command()(selftest.selftest)

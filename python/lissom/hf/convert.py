@@ -29,10 +29,9 @@ from lissom.hf.checkpoint import (
 from lissom.hf.foreign.canonical import Foreign
 from lissom.hf.foreign.declared import without_declaration
 from lissom.hf.foreign.plan import Layer, Plan, Scales, make_plan
-from lissom.hf.foreign.side import check_links, side_files
+from lissom.hf.foreign.side import CARD_NAME, side_files
 from lissom.models.shards import ShardWriter, Stored
 
-_CARD = "README.md"
 _PATIENCE = 2.0  # seconds between two messages, and before the first
 _WORTH_TELLING = 3.0  # seconds left that are worth a first message
 
@@ -316,22 +315,20 @@ class _Progress:
 
 def _write_side_files(plan: Plan, fresh: Path, target: Path) -> None:
     files, _ = side_files(plan.folder)
-    check_links(plan.folder, files)
     for file in files:
         copy = fresh / file.relative_to(plan.folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     config = _new_config(plan)
     (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    old = next((folder / _CARD for folder in (plan.folder, target) if (folder / _CARD).is_file()), None)
-    if old is not None:
-        check_links(plan.folder if old.parent == plan.folder else target, [old])
+    cards = (folder / CARD_NAME for folder in (plan.folder, target))
+    old = next((card for card in cards if card.is_file()), None)
     existing = old.read_text(encoding="utf-8", errors="replace") if old else None
     packed = sum(layer.packed for layer in plan.layers)
     card = render_card(
         CardFacts(), config["lissom"], format="packed", packed_modules=packed, existing=existing
     )
-    (fresh / _CARD).write_text(card, encoding="utf-8")
+    (fresh / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _new_config(plan: Plan) -> dict[str, Any]:

@@ -247,6 +247,12 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Matrices are tiny: a second thread would only wait. The conftest of all tests sets the number back."""
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class Held:
     """A tensor in memory, in the place of one in a file."""
@@ -278,6 +284,60 @@ def write(tmp_path: Path) -> Callable[..., Made]:
 
     def make(form: str = "sparse-24-bitmask", **more: Any) -> Made:
         return make_folder(tmp_path / "old", Recipe(form, **more))
+
+    return make
+
+
+def _random_parts(form: str, rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Legal content without any meaning, made fast."""
+
+    def pairs(codes: list[int]) -> Tensor:
+        chosen = torch.randint(0, 6, (rows, columns // 4), generator=generator)
+        nibbles = torch.tensor(codes, dtype=torch.uint8)[chosen]
+        return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+    if form == "marlin-24":
+        words = torch.randint(-(2**31), 2**31, (columns // 32, 2 * rows), generator=generator).int()
+        meta = pairs([0x4, 0x8, 0x9, 0xC, 0xD, 0xE]).view(torch.int16).view(columns // 32, -1)
+        return {"weight_packed": words, "meta": meta, "scale_packed": torch.ones(columns // 128, rows).half()}
+    mask = pairs([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100])
+    values = torch.randn(rows, columns // 2, generator=generator).half()
+    if form == "sparse-24-bitmask":
+        return {"shape": torch.tensor([[rows], [columns]]), "compressed": values, "bitmask": mask}
+    return {"shape": torch.tensor([rows, columns]), "compressed": values.flatten(), "bitmask": mask}
+
+
+@pytest.fixture
+def bulk(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a folder of 40 equal layers, 330 MB when packed: bulk("marlin-24")."""
+
+    def make(form: str) -> Path:
+        width, depth = 1024, 40
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": width,
+            "vocab_size": 64,
+            "num_hidden_layers": depth,
+        }
+        config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, dtype=torch.float16)
+        folder, generator = tmp_path / form, torch.Generator().manual_seed(0)
+        folder.mkdir()
+        ends = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+        state = {
+            name: torch.ones(64, width).half() for name in ("model.embed_tokens.weight", "lm_head.weight")
+        }
+        state["model.norm.weight"] = torch.ones(width).half()
+        for layer in (f"model.layers.{index}" for index in range(depth)):
+            for end in ends:
+                parts = _random_parts(form, width, width, generator)
+                state |= {f"{layer}.{end}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            for norm in ("input", "post_attention"):
+                state[f"{layer}.{norm}_layernorm.weight"] = torch.ones(width).half()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(
+            json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]})
+        )
+        return folder
 
     return make
 

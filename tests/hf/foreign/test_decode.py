@@ -78,7 +78,7 @@ def test_bitmask_of_any_shape_is_undone(writers, held, shape, dtype, seed):
         assert found.obstacle() is not None
 
 
-@QUICK
+@settings(QUICK, max_examples=30)  # its writer goes quad by quad
 @given(
     chunks=st.integers(1, 4),
     tiles=st.integers(1, 8),

@@ -23,7 +23,7 @@ from lissom.hf.foreign.canonical import BLOCK_ELEMENTS, Foreign, told
 from lissom.hf.foreign.declared import ADVICE, READS, Declared, declared_format, without_declaration
 from lissom.hf.foreign.find import Found, find_weights
 from lissom.hf.foreign.marlin24 import Marlin24Weight
-from lissom.hf.foreign.side import check_links
+from lissom.hf.foreign.side import CARD_NAME, check_links, side_files
 from lissom.models import packing_obstacles
 from lissom.models.origin import Origin, find_origins, skeleton
 from lissom.models.shards import DTYPES, Stored, stored_tensors
@@ -138,7 +138,7 @@ def make_plan(folder: Path, *, dtype: torch.dtype | str | None = None, scales: S
     check_links(folder, [folder / name for name in (CONFIG_NAME, INDEX_NAME, _GPTQ_CONFIG)])
     config = read_config(folder)
     declared = _declaration(folder, config)
-    check_links(folder, folder.glob("*.safetensors"))
+    check_links(folder, [*folder.glob("*.safetensors"), *side_files(folder)[0], folder / CARD_NAME])
     stored = stored_tensors(folder)
     _refuse_other_types(stored)
     model = _skeleton(folder, config, stored)

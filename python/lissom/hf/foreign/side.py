@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lissom.hf.checkpoint import CONFIG_NAME, CheckpointError
 
+CARD_NAME = "README.md"
 _TAKEN = (
     "*.json",
     "*.model",
@@ -21,7 +22,7 @@ _TAKEN = (
     "additional_chat_templates/*.jinja",
 )
 # What tells of the old weights, or is written anew.
-_LEFT = (CONFIG_NAME, "*.index.json", "quantize_config.json", "README.md", "lissom-*", "recipe.*")
+_LEFT = (CONFIG_NAME, "*.index.json", "quantize_config.json", CARD_NAME, "lissom-*", "recipe.*")
 
 
 def side_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -51,7 +52,7 @@ def side_files(folder: Path) -> tuple[list[Path], list[str]]:
         if entry not in taken
         and entry not in folders
         and entry.suffix != ".safetensors"
-        and entry.name not in (CONFIG_NAME, "README.md")
+        and entry.name not in (CONFIG_NAME, CARD_NAME)
         and not entry.name.endswith(".index.json")
         and not entry.name.startswith(".")
     ]
