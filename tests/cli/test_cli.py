@@ -7,7 +7,7 @@ import pytest
 
 from lissom.recipe import build_recipe
 
-EVERY_VERB = ["info", "inspect", "prune", "eval", "generate", "run", "report", "demo", "selftest"]
+EVERY_VERB = ["info", "inspect", "prune", "eval", "generate", "run", "report", "demo", "selftest", "convert"]
 
 
 def test_help_lists_every_verb(command):
