@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lissom.hf.checkpoint import CheckpointError, check_folder
+from lissom.hf.checkpoint import CheckpointError, check_folder, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ def load_model(
     register()
     folder = _local_folder(path, local_files_only)
     check_folder(folder)
+    _refuse_retired(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto" if dtype is None else dtype,
@@ -80,6 +81,21 @@ def load_tokenizer(path: str | os.PathLike[str], *, local_files_only: bool = Tru
 
     folder = _local_folder(path, local_files_only)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _refuse_retired(folder: Path) -> None:
+    """A 2:4 format that transformers knew once: what it says of it now does not help."""
+    from lissom.hf.foreign.declared import declared_format
+
+    try:
+        form = declared_format(read_config(folder)).format
+    except CheckpointError:
+        return  # another format, which transformers may know
+    if form:
+        raise CheckpointError(
+            f"{folder} is stored as {form}, which transformers no longer reads: convert it first (lissom convert "
+            f"{folder} NEW)"
+        )
 
 
 def _local_folder(path: str | os.PathLike[str], local_files_only: bool) -> Path:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lissom import assets
-from lissom.hf import CheckpointError, convert_folder
+from lissom.hf import CheckpointError, convert_folder, load_model
 
 S24, S, M = "sparse-24-bitmask", "sparse-bitmask", "marlin-24"
 KINDS: dict[str, tuple[str, Callable[[Any], Any], str]] = {}  # name -> format, damage, what the error says
@@ -173,3 +173,9 @@ def test_a_weight_larger_than_memory(spoil, tmp_path, monkeypatch):
         CheckpointError, match=r"needs 0\.2 GB of memory to convert, this machine has 0\.0 GB"
     ):
         convert_folder(spoil(M).folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("form", [S24, S, M])
+def test_loading_such_a_folder_says_what_to_do(form, spoil):
+    with pytest.raises(CheckpointError, match=rf"is stored as {form}, .* \(lissom convert .*old NEW\)"):
+        load_model(spoil(form).folder)
