@@ -189,11 +189,13 @@ class ShardWriter:
             ValueError: a tensor of this name was written before.
         """
         shard: list[Copied] = []
+        size = 0
         for tensor in tensors:
-            if shard and sum(other.size for other in shard) + tensor.size > _SHARD:
+            if shard and size + tensor.size > _SHARD:
                 self._copy(shard)
-                shard = []
+                shard, size = [], 0
             shard.append(tensor)
+            size += tensor.size
         if shard:
             self._copy(shard)
 
