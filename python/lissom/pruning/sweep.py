@@ -270,8 +270,10 @@ def _solve_step(
     costs = [float(sum(ref.shape[0] for ref in refs) * refs[0].shape[1] ** 2) for refs in groups.values()]
     weights: dict[str, torch.Tensor | None] = {linear.name: None for linear in step.linears}
     reports: list[LayerReport] = []
+    solves = list(zip(groups.items(), run.settings.ranks.owners(costs), strict=True))
+    solves.sort(key=lambda solve: -solve[0][1][0].shape[1])  # the widest first: its sums weigh most
     with run.settings.ranks.section(f"solving {step.name}"):
-        for (group, linears), owner in zip(groups.items(), run.settings.ranks.owners(costs), strict=True):
+        for (group, linears), owner in solves:
             known = statistics.pop(group, None)
             if owner != run.settings.ranks.rank:
                 continue
