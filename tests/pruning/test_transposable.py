@@ -64,7 +64,7 @@ def test_best_mask_of_each_tile(data):
     scores = torch.tensor(data.draw(st.lists(numbers, min_size=size, max_size=size))).view(rows, columns)
     frozen = torch.zeros_like(scores, dtype=torch.bool)
     before = scores.clone()
-    marks = transposable_mask(scores, Pattern.parse(f"{kept}:{group}t"))
+    marks = transposable_mask(scores, kept, group)
     assert torch.equal(scores, before), "the scores are not written to"
     for side in (marks, marks.t()):
         assert (side.reshape(-1, group).sum(1) == group - kept).all()
@@ -77,7 +77,7 @@ def test_frozen_entries_are_part_of_the_tile_where_a_mask_can_hold_them(data):
     numbers = st.lists(st.integers(0, 9), min_size=32, max_size=32)
     scores = torch.tensor(data.draw(numbers), dtype=torch.float32).view(4, 8)
     frozen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=32, max_size=32))).view(4, 8)
-    marks = transposable_mask(scores, Pattern.parse("2:4t"), frozen=frozen)
+    marks = transposable_mask(scores, 2, 4, frozen=frozen)
     assert (marks & frozen).equal(frozen)
     for tile, (reopened, total) in enumerate(by_search(scores, 2, 4, frozen)):
         part = slice(4 * tile, 4 * tile + 4)
@@ -88,7 +88,7 @@ def test_frozen_entries_are_part_of_the_tile_where_a_mask_can_hold_them(data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_ties_prune_early_entries(dtype):
-    marks = transposable_mask(torch.full((8, 8), 0.1, dtype=dtype), Pattern.parse("2:4t"))
+    marks = transposable_mask(torch.full((8, 8), 0.1, dtype=dtype), 2, 4)
     tile = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
     assert torch.equal(marks, tile.repeat(2, 2))
 
@@ -97,22 +97,22 @@ def test_infinite_scores_are_kept():
     scores = torch.rand(4, 4, dtype=torch.float64)  # one float64 tile is computed on without a copy
     scores[0, 0] = float("inf")
     before = scores.clone()
-    assert not transposable_mask(scores, Pattern.parse("2:4t"))[0, 0]
+    assert not transposable_mask(scores, 2, 4)[0, 0]
     assert torch.equal(scores, before)
 
 
 def test_strips_do_not_show(monkeypatch):
     scores = torch.rand(40, 24, generator=torch.Generator().manual_seed(0))
     frozen = torch.rand(40, 24, generator=torch.Generator().manual_seed(1)) < 0.2
-    whole = transposable_mask(scores, Pattern.parse("2:4t"), frozen=frozen)
+    whole = transposable_mask(scores, 2, 4, frozen=frozen)
     monkeypatch.setattr(transposable, "_TILES_AT_ONCE", 13)  # three strips of two rows of tiles, and a tail
-    assert torch.equal(transposable_mask(scores, Pattern.parse("2:4t"), frozen=frozen), whole)
+    assert torch.equal(transposable_mask(scores, 2, 4, frozen=frozen), whole)
 
 
 def test_marks_of_a_pattern_are_transposable():
     scores = torch.rand(16, 32, generator=torch.Generator().manual_seed(3))
     pattern = Pattern.parse("2:4t")
-    expected = transposable_mask(scores, pattern)
+    expected = transposable_mask(scores, 2, 4)
     assert torch.equal(mark_groups(scores, pattern), expected)
     assert torch.equal(mark(scores, pattern, scope="block", rows=(4, 12), block=8), expected)
     raised = mark(scores, Pattern.parse("2:4t+70%"), scope="layer", rows=(16,), block=8)
@@ -122,11 +122,11 @@ def test_marks_of_a_pattern_are_transposable():
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"2:4t takes a weight .* divide by 4, got \[6, 8\]"):
-        transposable_mask(torch.rand(6, 8), Pattern.parse("2:4t"))
+        transposable_mask(torch.rand(6, 8), 2, 4)
     with pytest.raises(ValueError, match="m up to 4, got 4:8"):
-        transposable_mask(torch.rand(8, 8), Pattern.parse("4:8"))
+        transposable_mask(torch.rand(8, 8), 4, 8)
 
 
 def test_nothing_to_choose():
-    assert transposable_mask(torch.rand(0, 8), Pattern.parse("2:4t")).shape == (0, 8)
-    assert not transposable_mask(torch.rand(8, 8), Pattern.parse("4:4t")).any()
+    assert transposable_mask(torch.rand(0, 8), 2, 4).shape == (0, 8)
+    assert not transposable_mask(torch.rand(8, 8), 4, 4).any()

@@ -213,9 +213,10 @@ def mark_groups(
     Returns:
         Bool tensor [R, C], True where a weight is pruned.
     """
+    assert pattern.kept is not None
     assert pattern.group is not None
     if pattern.transposable:
-        return transposable_mask(scores, pattern, frozen=frozen)
+        return transposable_mask(scores, pattern.kept, pattern.group, frozen=frozen)
 
     def members(values: torch.Tensor) -> torch.Tensor:
         return values.reshape(-1, pattern.group or 1).t().contiguous()

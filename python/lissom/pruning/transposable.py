@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from .pattern import Pattern
 
 LARGEST_TILE = 4  # 90 masks of a tile for 2:4; for m = 6 there would be up to 297,200
 _TILES_AT_ONCE = 1 << 12  # a strip's kept scores, V x tiles in float64, then take 3 MB
@@ -18,7 +14,7 @@ _LARGEST_SCORE = 1e300  # stands for infinity: 0 * inf would be NaN in the produ
 
 
 def transposable_mask(
-    scores: torch.Tensor, pattern: Pattern, *, frozen: torch.Tensor | None = None
+    scores: torch.Tensor, kept: int, size: int, *, frozen: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Prune each m x m tile by the mask that keeps the greatest sum of scores with n per row and column.
 
@@ -27,7 +23,8 @@ def transposable_mask(
 
     Args:
         scores: [R, C] floating, free of NaN, R and C divisible by m; the lowest are pruned.
-        pattern: an n:m pattern with m <= 4; what a raised pattern prunes beyond n:m is not marked.
+        kept: n, entries kept in each row and column of a tile.
+        size: m <= 4, rows and columns of a tile.
         frozen: bool [R, C], entries that are pruned already: as many as possible are part of the tile's mask,
             and the others stay pruned beside it.
 
@@ -35,25 +32,23 @@ def transposable_mask(
         Bool tensor [R, C], True where a weight is pruned.
 
     Raises:
-        ValueError: R or C is not divisible by m, or m > 4.
+        ValueError: R or C is not divisible by m, n outside 1 to m, or m > 4.
 
     Source: the problem is that of Hubara et al., arXiv 2102.08124, section 4.
 
     Example:
-        >>> from lissom.pruning.pattern import Pattern
         >>> scores = torch.tensor([[5.0, 9.0], [2.0, 5.0]])
-        >>> transposable_mask(scores, Pattern.parse("1:2t")).int().tolist()
+        >>> transposable_mask(scores, 1, 2).int().tolist()
         [[1, 0], [0, 1]]
     """
-    kept, size = pattern.kept, pattern.group
-    if kept is None or size is None or size > LARGEST_TILE:
+    if not 0 < kept <= size <= LARGEST_TILE:
         raise ValueError(
-            f"transposable masks are made for n:m patterns with m up to {LARGEST_TILE}, got {pattern}"
+            f"transposable masks are made for n:m patterns with m up to {LARGEST_TILE}, got {kept}:{size}"
         )
     rows, columns = scores.shape
     if rows % size or columns % size:
         raise ValueError(
-            f"pattern {pattern} takes a weight whose outputs and inputs both divide by {size}, "
+            f"pattern {kept}:{size}t takes a weight whose outputs and inputs both divide by {size}, "
             f"got {list(scores.shape)}"
         )
     masks = _tile_masks(kept, size).to(scores.device)
