@@ -9,18 +9,11 @@
 #include <vector>
 
 #include "core/types.h"
+#include "require.h"
 #include "sparse24/layout.h"
 
 using namespace lissom;
 using namespace lissom::sparse24;
-
-#define REQUIRE(condition)                                            \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      return false;                                                   \
-    }                                                                 \
-  } while (0)
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <set>
 #include <vector>
 
+#include "../cpp/require.h"
 #include "kernels.cuh"
 #include "simt.h"
 
@@ -14,14 +15,6 @@ using dev::shared;
 using plants::Plant;
 using simt::Schedule;
 using simt::Space;
-
-#define REQUIRE(condition)                                            \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      return false;                                                   \
-    }                                                                 \
-  } while (0)
 
 namespace {
 

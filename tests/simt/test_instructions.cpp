@@ -12,19 +12,12 @@
 #include <random>
 #include <vector>
 
+#include "../cpp/require.h"
 #include "core/cuda/dev.cuh"
 #include "simt.h"
 
 using namespace lissom;
 using dev::Grid;
-
-#define REQUIRE(condition)                                            \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      return false;                                                   \
-    }                                                                 \
-  } while (0)
 
 namespace {
 

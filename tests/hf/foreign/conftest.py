@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from lissom.hf import CheckpointError, convert_folder
 from lissom.models.shards import DTYPES
 
 logging.disable_progress_bar()
@@ -361,3 +362,17 @@ def spoil(_kept: dict[str, Made], tmp_path: Path) -> Callable[[str], Made]:
         )
 
     return copy
+
+
+@pytest.fixture
+def refuse(spoil: Callable[[str], Made], tmp_path: Path) -> Callable[[str, Callable[[Any], Any], str], None]:
+    """Damage a folder of a format; converting it must fail with a message, in one line, and leave nothing behind."""
+
+    def check(form: str, damage: Callable[[Any], Any], message: str) -> None:
+        damage(made := spoil(form))
+        with pytest.raises(CheckpointError, match=message) as caught:
+            convert_folder(made.folder, tmp_path / "new")
+        assert "\n" not in str(caught.value)
+        assert {entry.name for entry in tmp_path.iterdir()} <= {"old", "x.safetensors"}
+
+    return check
