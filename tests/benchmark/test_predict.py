@@ -59,7 +59,18 @@ def test_the_command_never_claims_a_measurement():
     out = " ".join(answer.stdout.split())
     assert out.count(NOTE) >= 2
     assert "H100" in out
+    assert "…" not in out
     assert CliRunner().invoke(app, ["bench", "predict", "--gpu", "v100"]).exit_code == 2
     wrong = CliRunner().invoke(app, ["bench", "predict", "--shape", "4096"])
     assert wrong.exit_code == 2
     assert "a shape is NxK" in wrong.stderr
+
+
+def test_the_short_form_is_the_same_command():
+    short = CliRunner().invoke(app, ["bench", "--predict", "b200"])
+    assert short.exit_code == 0
+    assert short.stdout == CliRunner().invoke(app, ["bench", "predict", "--gpu", "b200"]).stdout
+    assert CliRunner().invoke(app, ["bench", "--predict", "v100"]).exit_code == 2
+    both = CliRunner().invoke(app, ["bench", "--predict", "a100", "tune"])
+    assert both.exit_code == 2
+    assert "bench tune" in both.stderr

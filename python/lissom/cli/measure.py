@@ -10,10 +10,23 @@ import typer
 from lissom.cli import options, tables
 from lissom.cli.console import Voice, execute
 
-bench = typer.Typer(
-    no_args_is_help=True,
-    help="Time the kernels, or a whole model, against the strongest dense peers; or predict.",
-)
+bench = typer.Typer(no_args_is_help=True)
+
+
+@bench.callback(invoke_without_command=True)
+def bench_group(
+    ctx: typer.Context,
+    predict: Annotated[
+        str | None, typer.Option("--predict", metavar="GPU", help="Short for `bench predict --gpu GPU`.")
+    ] = None,
+) -> None:
+    """Time the kernels, or a whole model, against the strongest dense peers; or predict."""
+    if predict is not None and ctx.invoked_subcommand:
+        raise typer.BadParameter(
+            f"not together with `bench {ctx.invoked_subcommand}`", param_hint="--predict"
+        )
+    if predict is not None:
+        bench_predict(gpu=predict)
 
 
 def evaluate(

@@ -192,18 +192,28 @@ def sparse24_view(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def predict_view(console: Console, value: dict[str, Any]) -> None:
     """`lissom bench predict`."""
-    heads = ("dtype", "M", "N", "K", "kernel", "splits", "waves", "moved", "µs", "bound", "of bound", "dense")
+    heads = ("dtype", "M", "N × K", "kernel", "moved", "µs", "bound", "share", "no launch", "dense")
     made = table(*heads, title=f"{value['gpu']}: {value['note']}")
     for row in value["rows"]:
-        shape = (str(row[name]) for name in "MNK")
         tile = "gemv" if row["tile"] is None else "×".join(map(str, row["tile"]))
-        plan = tile, str(row["splits"]), str(row["waves"]), byte_text(row["bytes_moved"])
-        share = f"{row['us']:,.1f}", row["bound"], f"{row['bound_share']:.0%}", ratio_text(row["ratio"])
-        made.add_row(row["dtype"], *shape, *plan, *share)
+        parts = f", k in {row['splits']}" if row["splits"] > 1 else ""
+        made.add_row(
+            row["dtype"],
+            str(row["M"]),
+            f"{row['N']} × {row['K']}",
+            tile + parts,
+            byte_text(row["bytes_moved"]),
+            f"{row['us']:,.1f}",
+            row["bound"].removesuffix(" cores"),
+            f"{row['bound_share']:.0%}",
+            f"{row['bound_us'] / (row['us'] - row['launch_us']):.0%}",
+            ratio_text(row["ratio"]),
+        )
     console.print(made)
     console.print(
-        "kernel: tile as rows of W × rows of x. of bound: share of the tighter of memory and tensor cores, launch "
-        "included.\ndense: predicted gain over dense bfloat16 at its own bound, without launch. "
+        "kernel: tile as rows of W × rows of x, and into how many parts k is cut. share: of the tighter bound, "
+        "memory or tensor cores, with the launch and without (a captured graph hides most of it).\n"
+        "dense: predicted gain over dense bfloat16 at its own bound, without launch. "
         f"All of it is {value['note']}.",
         style="dim",
         markup=False,
