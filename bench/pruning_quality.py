@@ -72,7 +72,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         if how.pop("reconstruct", False):
             how["reconstruct"] = Reconstruction()
         windows = {key: job[key] for key in ("samples", "seq_len", "seed")}
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         report = prune_model(
             model,
             pattern=job["pattern"],
@@ -84,6 +84,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             **windows,
         )
         row["seconds"] = round(time.perf_counter() - began, 1)
+        row["cpu_seconds"] = round(time.process_time() - began_cpu, 1)
         for part in ("collect", "solve", "reconstruct", "advance"):
             row[part] = round(sum(getattr(block, f"{part}_seconds") for block in report.blocks), 1)
         row["error"] = sum(layer.relative_error or 0 for layer in report.layers) / len(report.layers)
