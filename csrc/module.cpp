@@ -74,8 +74,8 @@ void require_torch_of_the_build() {
 // sparse24 path by type and number of tokens, as the kernels would choose it now.
 py::dict path_table() {
   py::dict table;
-  const char* names[] = {"float32", "bfloat16", "float16"};
-  for (int t = 0; t < 3; ++t) {
+  const char* names[kTypeCount] = {"float32", "bfloat16", "float16", "int8"};
+  for (int t = 0; t < kTypeCount; ++t) {
     py::dict row;
     for (int64_t m : {1, 4, 16, 64, 256, 1024})
       row[py::int_(m)] = sparse24::choose_path(cpu_isa(), static_cast<DType>(t), m).name;
@@ -109,7 +109,8 @@ DType type_from_name(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
-  throw py::value_error("lissom: wanted float32, bfloat16 or float16; got '" + name + "'");
+  if (name == "int8") return DType::i8;
+  throw py::value_error("lissom: wanted float32, bfloat16, float16 or int8; got '" + name + "'");
 }
 
 std::string path_name(const std::string& dtype, int64_t m) {

@@ -22,7 +22,12 @@ TORCH_LIBRARY(lissom, m) {
   m.def(
       "sparse24_linear(Tensor x, Tensor packed, SymInt N, SymInt K, Tensor? bias=None, str act=\"none\","
       " Tensor? residual=None, *, ScalarType? out_dtype=None) -> Tensor");
-  // The same from the canonical form, for training: differentiable in values.
+  // x and W in int8: y = act(scale_x[m] scale_w[n] (x W^T) + bias) + residual, sums in int32, y in float32 by default.
+  m.def(
+      "sparse24_linear_int8(Tensor x, Tensor scale_x, Tensor packed, Tensor scale_w, SymInt N, SymInt K,"
+      " Tensor? bias=None, str act=\"none\", Tensor? residual=None, *, ScalarType? out_dtype=None) -> "
+      "Tensor");
+  // sparse24_linear from the canonical form, for training: differentiable in values.
   m.def("sparse24_linear_values(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor");
   // dx [..., K] = dy [..., N] W: dense speed, blocks of W at a time.
   m.def("sparse24_grad_input(Tensor dy, Tensor packed, SymInt N, SymInt K) -> Tensor");

@@ -86,7 +86,7 @@ Cpu detect() {
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
   if (!bit(ecx, 6) || !bit(ecx, 11) || !bit(a, 5)) return cpu;  // VBMI2, VNNI, BF16
   cpu.isa = CpuIsa::avx512x;
-  const bool tiles = bit(edx, 24) && bit(edx, 22);  // AMX-TILE, AMX-BF16
+  const bool tiles = bit(edx, 24) && bit(edx, 22) && bit(edx, 25);  // AMX-TILE, AMX-BF16, AMX-INT8
   if (tiles && (state & 0x60000) == 0x60000 && request_tile_state()) cpu.isa = CpuIsa::amx;
   return cpu;
 }

@@ -12,7 +12,7 @@ enum class CpuIsa : int32_t {
   avx2,      // + FMA, F16C
   avx512,    // F, BW, VL, DQ
   avx512x,   // + VBMI2, VNNI, BF16: Zen 4+, Sapphire Rapids+
-  amx,       // + AMX tiles with BF16
+  amx,       // + AMX tiles with BF16 and INT8
 };
 constexpr int kCpuIsaCount = 5;
 

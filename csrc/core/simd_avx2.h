@@ -103,6 +103,38 @@ LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
+LISSOM_INLINE vf vf_from_int(vu a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+// The bytes of both positions, by a multiplication: p * 0x0202 + 0x0100 = (2p, 2p + 1).
+LISSOM_INLINE __m256i pair_bytes(__m256i nibble) {
+  const __m256i both =
+      _mm256_or_si256(_mm256_and_si256(nibble, _mm256_set1_epi32(3)),
+                      _mm256_and_si256(_mm256_slli_epi32(nibble, 14), _mm256_set1_epi32(0x30000)));
+  return _mm256_add_epi16(_mm256_mullo_epi16(both, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+}
+LISSOM_INLINE vu vu_pair_index(vu meta, int shift) {
+  const vu nibble = vu_shr(meta, shift);
+  return {pair_bytes(nibble.lo), pair_bytes(nibble.hi)};
+}
+LISSOM_INLINE vu vu_pick_pair(const int16_t* four, vu index) {
+  long long bits;
+  memcpy(&bits, four, 8);
+  const __m256i all = _mm256_set1_epi64x(bits);
+  return {_mm256_shuffle_epi8(all, index.lo), _mm256_shuffle_epi8(all, index.hi)};
+}
+LISSOM_INLINE __m256i widen_bytes(__m256i a, __m128i places) {  // to the upper half of an int16, then down
+  return _mm256_srai_epi16(_mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(places)), 8);
+}
+LISSOM_INLINE vu vu_low_bytes(vu a) {
+  const __m128i places = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
+  return {widen_bytes(a.lo, places), widen_bytes(a.hi, places)};
+}
+LISSOM_INLINE vu vu_high_bytes(vu a) {
+  const __m128i places = _mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15);
+  return {widen_bytes(a.lo, places), widen_bytes(a.hi, places)};
+}
+LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) {
+  return vu_add(sum, {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)});
+}
 LISSOM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace lissom::simd_avx2

@@ -64,6 +64,32 @@ LISSOM_INLINE void vf_store_bf16(uint16_t* p, vf v) {
 LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+LISSOM_INLINE vf vf_from_int(vu a) { return _mm512_cvtepi32_ps(a); }
+// The four bytes of a nibble's two positions, looked up by the low four bits of a lane.
+LISSOM_INLINE vu pair_table() {
+  uint32_t table[16];
+  for (uint32_t nibble = 0; nibble < 16; ++nibble)
+    table[nibble] = 0x01000100u + 0x0202u * (nibble & 3u) + 0x02020000u * (nibble >> 2);
+  return vu_load(table);
+}
+LISSOM_INLINE vu vu_pair_index(vu meta, int shift) {
+  return _mm512_permutexvar_epi32(vu_shr(meta, shift), pair_table());
+}
+LISSOM_INLINE vu vu_pick_pair(const int16_t* four, vu index) {
+  long long bits;
+  memcpy(&bits, four, 8);
+  return _mm512_shuffle_epi8(_mm512_set1_epi64(bits), index);
+}
+LISSOM_INLINE vu widen_bytes(vu a, __m128i places) {  // to the upper half of an int16, then down
+  return _mm512_srai_epi16(_mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(places)), 8);
+}
+LISSOM_INLINE vu vu_low_bytes(vu a) {
+  return widen_bytes(a, _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+}
+LISSOM_INLINE vu vu_high_bytes(vu a) {
+  return widen_bytes(a, _mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+}
+LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) { return vu_add(sum, _mm512_madd_epi16(a, b)); }
 LISSOM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace lissom::simd_avx512

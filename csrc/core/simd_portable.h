@@ -79,6 +79,33 @@ LISSOM_INLINE void vf_store_bf16(uint16_t* p, vf v) {
 LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_f16(v[i]);
 }
+LISSOM_INLINE vf vf_from_int(vu a) {
+  typedef int32_t vi __attribute__((vector_size(64)));
+  return __builtin_convertvector(reinterpret_cast<vi>(a), vf);
+}
+// Pairs of int16: lane i of vu_pick_pair holds the two of `four` that the nibble of index[i] names (index: from
+// vu_pair_index), of vu_low_bytes and vu_high_bytes bytes 0, 1 and 2, 3 of a lane; vu_madd adds both products to a lane.
+LISSOM_INLINE vu vu_pair_index(vu meta, int shift) { return (meta >> shift) & 15u; }
+LISSOM_INLINE vu vu_pick_pair(const int16_t* four, vu index) {
+  vu v;
+  for (int i = 0; i < 16; ++i)
+    v[i] = static_cast<uint16_t>(four[index[i] & 3u]) |
+           static_cast<uint32_t>(static_cast<uint16_t>(four[index[i] >> 2])) << 16;
+  return v;
+}
+LISSOM_INLINE vu vu_high_bytes(vu a) {
+  typedef int16_t vs __attribute__((vector_size(64)));
+  const vu spread = (a >> 8 & 0xff00u) | (a & 0xff000000u);
+  return reinterpret_cast<vu>(reinterpret_cast<vs>(spread) >> 8);
+}
+LISSOM_INLINE vu vu_low_bytes(vu a) { return vu_high_bytes(a << 16); }
+LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) {
+  int16_t p[32], q[32];
+  memcpy(p, &a, 64), memcpy(q, &b, 64);
+  for (int i = 0; i < 16; ++i)
+    sum[i] += static_cast<uint32_t>(p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1]);
+  return sum;
+}
 LISSOM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace lissom::simd_portable

@@ -13,9 +13,12 @@
 
 namespace lissom {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+constexpr int kTypeCount = 4;
 
-LISSOM_HOST_DEVICE constexpr int64_t element_bytes(DType t) { return t == DType::f32 ? 4 : 2; }
+LISSOM_HOST_DEVICE constexpr int64_t element_bytes(DType t) {
+  return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
+}
 
 // `static`: every unit keeps its own copy, so that no unit compiled with wide ISA flags can lend its copy to another.
 static inline uint32_t float_bits(float f) {

@@ -25,14 +25,25 @@ inline DType element_type(const char* op, const at::Tensor& t, const char* name)
                    t.scalar_type());
 }
 
+// Of a weight, which may be int8 too.
+inline DType weight_type(const char* op, const at::Tensor& t, const char* name) {
+  if (t.scalar_type() == at::kChar) return DType::i8;
+  const bool real =
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+  TORCH_CHECK_TYPE(real, "lissom::", op, ": ", name, " must be float32, bfloat16, float16 or int8; got ",
+                   t.scalar_type());
+  return element_type(op, t, name);
+}
+
 inline at::ScalarType scalar_type(DType t) {
-  return t == DType::f32 ? at::kFloat : t == DType::bf16 ? at::kBFloat16 : at::kHalf;
+  constexpr at::ScalarType kTypes[kTypeCount] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar};
+  return kTypes[static_cast<int>(t)];
 }
 
 // --- forms ---
 
 inline void check_dense(const char* op, const at::Tensor& w) {
-  element_type(op, w, "w");
+  weight_type(op, w, "w");
   TORCH_CHECK_VALUE(w.dim() == 2, "lissom::", op, ": w must be [N, K]; got ", shape_of(w));
   TORCH_CHECK_VALUE(w.size(1) % 4 == 0, "lissom::", op, ": K must be a multiple of 4; got w ", shape_of(w));
 }
@@ -50,7 +61,7 @@ inline void require_24(const BadQuad& bad) {
 }
 
 inline void check_canonical(const char* op, const at::Tensor& values, const at::Tensor& meta, int64_t k) {
-  element_type(op, values, "values");
+  weight_type(op, values, "values");
   TORCH_CHECK_TYPE(meta.scalar_type() == at::kByte, "lissom::", op, ": meta must be uint8; got ",
                    meta.scalar_type());
   TORCH_CHECK_VALUE(values.dim() == 2 && k >= 0 && k % 4 == 0 && values.size(1) * 2 == k, "lissom::", op,
@@ -85,6 +96,13 @@ inline Canonical canonical(const at::Tensor& values, const at::Tensor& meta) {
           static_cast<uint8_t*>(meta.mutable_data_ptr()), static_cast<int64_t>(values.element_size())};
 }
 
+// What a packed int8 weight can be.
+inline void require_int8_columns(const char* op, DType t, int64_t k) {
+  TORCH_CHECK_VALUE(t != DType::i8 || k <= kMostInt8Columns, "lissom::", op,
+                    ": an int8 weight may have K=", kMostInt8Columns,
+                    " at most, so that sums fit int32; got K=", k);
+}
+
 // --- targets ---
 
 enum class Target { cpu_v1, sm80_v1 };
@@ -96,22 +114,23 @@ inline Target target_of(const char* op, c10::optional<c10::string_view> name, Ta
 }
 
 inline DType sm80_type(const char* op, const at::Tensor& values) {
-  const DType t = element_type(op, values, "values");
+  const DType t = weight_type(op, values, "values");
   TORCH_CHECK_TYPE(
       t != DType::f32, "lissom::", op,
-      ": sm80-v1 holds bfloat16 and float16, for which there are 2:4 tensor cores; got float32; cast the "
+      ": sm80-v1 holds bfloat16, float16 and int8, for which there are 2:4 tensor cores; got float32; cast "
+      "the "
       "weight, or keep it canonical: sparse24_linear_values takes float32 on CUDA, at dense speed");
   return t;
 }
 
 // --- products ---
 
-inline Act activation(c10::string_view act) {
+inline Act activation(const char* op, c10::string_view act) {
   constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
   for (int i = 0; i < 5; ++i)
     if (act == kNames[i]) return static_cast<Act>(i);
-  LISSOM_CHECK_VALUE("sparse24_linear", false, "act must be one of none, relu, gelu, gelu_tanh, silu; got \"",
-                     act, "\"");
+  TORCH_CHECK_VALUE(false, "lissom::", op, ": act must be one of none, relu, gelu, gelu_tanh, silu; got \"",
+                    act, "\"");
 }
 
 inline int64_t leading(const at::Tensor& x) {
@@ -132,44 +151,85 @@ inline std::vector<int64_t> with_last(const at::Tensor& x, int64_t last) {
   return shape;
 }
 
+// What is added to the product: bias [n] in float32 or `own` (the dtype of x or y, as `whose` says), residual as y.
+struct Terms {
+  const c10::optional<at::Tensor>& bias;
+  const c10::optional<at::Tensor>& residual;
+};
+inline void check_terms(const char* op, const at::Tensor& x, int64_t n, const Terms& terms, const char* whose,
+                        at::ScalarType own, at::ScalarType out) {
+  if (const auto& bias = terms.bias; bias && bias->defined()) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == n, "lissom::", op, ": bias must be [N=", n,
+                      "]; got ", shape_of(*bias));
+    TORCH_CHECK_TYPE(bias->scalar_type() == own || bias->scalar_type() == at::kFloat, "lissom::", op,
+                     ": bias must be float32 or ", whose, " dtype ", own, "; got ", bias->scalar_type());
+    TORCH_CHECK(bias->device() == x.device(), "lissom::", op, ": bias must be on x's device ", x.device(),
+                "; got ", bias->device());
+  }
+  if (const auto& residual = terms.residual; residual && residual->defined()) {
+    const std::vector<int64_t> shape = with_last(x, n);
+    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(shape), "lissom::", op,
+                      ": residual must have y's shape ", at::IntArrayRef(shape), "; got ",
+                      shape_of(*residual));
+    TORCH_CHECK_TYPE(residual->scalar_type() == out, "lissom::", op, ": residual must have y's dtype ", out,
+                     "; got ", residual->scalar_type());
+    TORCH_CHECK(residual->device() == x.device(), "lissom::", op, ": residual must be on x's device ",
+                x.device(), "; got ", residual->device());
+  }
+}
+
 // Shapes, dtypes and devices of a sparse24_linear on W [n, k] of type t; the dtype of y.
-inline at::ScalarType check_linear(const at::Tensor& x, DType t, int64_t n, int64_t k,
-                                   const c10::optional<at::Tensor>& bias,
-                                   const c10::optional<at::Tensor>& residual,
+inline at::ScalarType check_linear(const at::Tensor& x, DType t, int64_t n, int64_t k, const Terms& terms,
                                    c10::optional<at::ScalarType> out_dtype) {
   LISSOM_CHECK_VALUE("sparse24_linear", x.dim() >= 1 && x.size(-1) == k, "x must be [..., K=", k, "]; got ",
                      shape_of(x));
+  LISSOM_CHECK_TYPE("sparse24_linear", t != DType::i8,
+                    "packed holds int8, which needs scales: call sparse24_linear_int8");
   LISSOM_CHECK_TYPE("sparse24_linear", x.scalar_type() == scalar_type(t),
                     "x and the packed weight must have one dtype; got ", x.scalar_type(), " and ",
                     scalar_type(t), "; cast x, or pack the weight in x's dtype");
   const at::ScalarType out = out_dtype.value_or(x.scalar_type());
   LISSOM_CHECK_TYPE("sparse24_linear", out == x.scalar_type() || out == at::kFloat,
                     "out_dtype must be float32 or x's dtype ", x.scalar_type(), "; got ", out);
-  if (bias && bias->defined()) {
-    LISSOM_CHECK_VALUE("sparse24_linear", bias->dim() == 1 && bias->size(0) == n, "bias must be [N=", n,
-                       "]; got ", shape_of(*bias));
-    LISSOM_CHECK_TYPE("sparse24_linear",
-                      bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat,
-                      "bias must be float32 or x's dtype ", x.scalar_type(), "; got ", bias->scalar_type());
-    LISSOM_CHECK("sparse24_linear", bias->device() == x.device(), "bias must be on x's device ", x.device(),
-                 "; got ", bias->device());
-  }
-  if (residual && residual->defined()) {
-    const std::vector<int64_t> shape = with_last(x, n);
-    LISSOM_CHECK_VALUE("sparse24_linear", residual->sizes() == at::IntArrayRef(shape),
-                       "residual must have y's shape ", at::IntArrayRef(shape), "; got ",
-                       shape_of(*residual));
-    LISSOM_CHECK_TYPE("sparse24_linear", residual->scalar_type() == out, "residual must have y's dtype ", out,
-                      "; got ", residual->scalar_type());
-    LISSOM_CHECK("sparse24_linear", residual->device() == x.device(), "residual must be on x's device ",
-                 x.device(), "; got ", residual->device());
-  }
+  check_terms("sparse24_linear", x, n, terms, "x's", x.scalar_type(), out);
+  return out;
+}
+
+struct Scales {
+  const at::Tensor& x;  // [...]: one a row of x
+  const at::Tensor& w;  // [n]
+};
+
+// The same of a sparse24_linear_int8.
+inline at::ScalarType check_linear_int8(const at::Tensor& x, const Scales& scales, DType t, int64_t n,
+                                        int64_t k, const Terms& terms,
+                                        c10::optional<at::ScalarType> out_dtype) {
+  constexpr const char* kOp = "sparse24_linear_int8";
+  LISSOM_CHECK_TYPE("sparse24_linear_int8", t == DType::i8, "packed must hold an int8 weight; got ",
+                    scalar_type(t), ": quantize_rows makes one of it, sparse24_linear takes it as it is");
+  LISSOM_CHECK_VALUE("sparse24_linear_int8", x.dim() >= 1 && x.size(-1) == k, "x must be [..., K=", k,
+                     "]; got ", shape_of(x));
+  LISSOM_CHECK_TYPE("sparse24_linear_int8", x.scalar_type() == at::kChar, "x must be int8; got ",
+                    x.scalar_type(), ": quantize_rows makes int8 and scale_x of it");
+  LISSOM_CHECK_VALUE("sparse24_linear_int8", scales.x.sizes() == x.sizes().slice(0, x.dim() - 1),
+                     "scale_x must have the leading shape of x, ", x.sizes().slice(0, x.dim() - 1), "; got ",
+                     shape_of(scales.x));
+  LISSOM_CHECK_VALUE("sparse24_linear_int8", scales.w.dim() == 1 && scales.w.size(0) == n,
+                     "scale_w must be [N=", n, "]; got ", shape_of(scales.w));
+  LISSOM_CHECK_TYPE(
+      "sparse24_linear_int8", scales.x.scalar_type() == at::kFloat && scales.w.scalar_type() == at::kFloat,
+      "scale_x and scale_w must be float32; got ", scales.x.scalar_type(), " and ", scales.w.scalar_type());
+  const at::ScalarType out = out_dtype.value_or(at::kFloat);
+  LISSOM_CHECK_TYPE("sparse24_linear_int8", out == at::kFloat || out == at::kBFloat16 || out == at::kHalf,
+                    "out_dtype must be float32, bfloat16 or float16; got ", out);
+  check_terms(kOp, x, n, terms, "y's", out, out);
   return out;
 }
 
 inline void check_grad_input(const at::Tensor& dy, DType t, int64_t n) {
   LISSOM_CHECK_VALUE("sparse24_grad_input", dy.dim() >= 1 && dy.size(-1) == n, "dy must be [..., N=", n,
                      "]; got ", shape_of(dy));
+  LISSOM_CHECK_TYPE("sparse24_grad_input", t != DType::i8, "packed holds int8, which has no gradients");
   LISSOM_CHECK_TYPE("sparse24_grad_input", dy.scalar_type() == scalar_type(t),
                     "dy and the packed weight must have one dtype; got ", dy.scalar_type(), " and ",
                     scalar_type(t));

@@ -8,10 +8,12 @@
 // Packed "cpu-v1" (a cache, made at load):
 //   header 64 B | panel 0 | panel 1 | ...           panel = 16 rows of W, all of K
 //   panel       = record 0 | record 1 | ...         record = 16 rows x 32 columns (8 quads)
+//                 int8: 64 B in front of record 0, i32 of row r at lane r = sum of the row, all of K
 //   record      = 64 B metadata: u32 of row r at lane r, nibble i = quad i
 //               | values in 64-byte vectors, lane r = row r:
 //                   16-bit types   8 vectors, vector q = the pair of quad q
 //                   float         16 vectors, vectors 2q, 2q+1 = first and second value of quad q
+//                   int8           4 vectors, vector p = the pair of quad 2p, then the pair of quad 2p+1
 //   N is padded to 16 rows and K to 32 columns with zero values and nibble 0xE.
 //
 // Packed "sm80-v1" (mma.sp of the sm_80 instruction set; 16-bit types, and int8 in brackets):
@@ -38,6 +40,8 @@ constexpr int64_t kRecordQuads = kRecordColumns / 4;
 constexpr int64_t kRecordKept = kRecordColumns / 2;
 constexpr int64_t kMetaBytes = 64;  // of one record
 constexpr uint32_t kFillerNibble = 0xE;
+// Of K in int8: 131070 products of at most 128 * 128 stay inside int32, in any order of summation.
+constexpr int64_t kMostInt8Columns = 262140;
 
 // (0,1) (0,2) (1,2) (0,3) (1,3) (2,3)
 constexpr uint32_t kLegalNibbles = 1u << 0x4 | 1u << 0x8 | 1u << 0x9 | 1u << 0xC | 1u << 0xD | 1u << 0xE;
@@ -66,11 +70,18 @@ LISSOM_HOST_DEVICE constexpr int64_t records(int64_t k) { return (k + kRecordCol
 LISSOM_HOST_DEVICE constexpr int64_t record_bytes(DType t) {
   return kMetaBytes + kPanelRows * kRecordKept * element_bytes(t);
 }
-LISSOM_HOST_DEVICE constexpr int64_t panel_bytes(int64_t k, DType t) { return records(k) * record_bytes(t); }
+// Row sums: an instruction that wants unsigned activations adds 128 to them, and 128 sums of W are taken off again.
+LISSOM_HOST_DEVICE constexpr int64_t panel_head_bytes(DType t) { return t == DType::i8 ? kPanelRows * 4 : 0; }
+LISSOM_HOST_DEVICE constexpr int64_t panel_bytes(int64_t k, DType t) {
+  return panel_head_bytes(t) + records(k) * record_bytes(t);
+}
 
 // Byte offset, inside a record, of kept value `slot` (0, 1) of quad `q` of row `r`.
 LISSOM_HOST_DEVICE constexpr int64_t value_offset(int64_t r, int64_t q, int64_t slot, DType t) {
-  return t == DType::f32 ? kMetaBytes + (2 * q + slot) * 64 + r * 4 : kMetaBytes + q * 64 + r * 4 + slot * 2;
+  return kMetaBytes + r * 4 +
+         (t == DType::f32  ? (2 * q + slot) * 64
+          : t == DType::i8 ? q / 2 * 64 + q % 2 * 2 + slot
+                           : q * 64 + slot * 2);
 }
 
 struct PackedHeader {
@@ -92,7 +103,6 @@ namespace sm80 {
 
 constexpr char kMagic[9] = "LISSOM80";
 constexpr uint32_t kVersion = 1;
-constexpr int32_t kInt8 = 3;           // in PackedHeader::dtype, beside those of DType
 constexpr int64_t kHeaderBytes = 128;  // records begin on a 128-byte line, like the memory that holds them
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kFragmentBytes = 512;  // 16 rows of a record
@@ -101,7 +111,7 @@ constexpr int64_t kStepBytes = 64;       // of a row of x that meet one record
 
 // Size of an element by PackedHeader::dtype; 0: there is no such form.
 LISSOM_HOST_DEVICE constexpr int64_t element_bytes(int32_t dtype) {
-  return dtype == kInt8 ? 1 : dtype == 1 || dtype == 2 ? 2 : 0;
+  return dtype < 1 || dtype >= kTypeCount ? 0 : lissom::element_bytes(static_cast<DType>(dtype));
 }
 LISSOM_HOST_DEVICE constexpr int64_t record_columns(int64_t bytes) { return kStepBytes / bytes; }
 LISSOM_HOST_DEVICE constexpr int64_t meta_bytes(int64_t bytes) { return 256 / bytes; }

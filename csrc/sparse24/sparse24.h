@@ -11,13 +11,15 @@ namespace lissom::sparse24 {
 
 enum class Act : int32_t { none, relu, gelu, gelu_tanh, silu };
 
-// y = act(x W^T + bias) + residual
+// y = act(x W^T + bias) + residual; int8: y = act(scale_x[m] scale_w[n] (x W^T) + bias) + residual, sums in int32
 struct Linear {
   int64_t m, n, k;
   const void* x;  // [m, k], row stride ldx
   int64_t ldx;
   const uint8_t* records;  // packed W behind its header
   const float* bias;       // [16 * panels(n)] or null
+  const float* scale_w;    // int8: [16 * panels(n)]
+  const float* scale_x;    // int8: [m]
   const void* residual;    // [m, n] in the output type, row stride ldr, or null
   int64_t ldr;
   void* y;  // [m, n], row stride n
@@ -39,10 +41,10 @@ struct Path {
 
 // Null where a tier has no such path for the type.
 struct Kernels {
-  const Path* permuted[3];  // activations permuted to the kept values; indexed by DType
-  const Path* lanes[3];     // lanes over tokens
-  const Path* dot;          // bf16: permuted, with the bf16 dot instruction
-  const Path* tiles;        // bf16: records expanded into AMX tiles
+  const Path* permuted[kTypeCount];  // activations permuted to the kept values; indexed by DType
+  const Path* lanes[kTypeCount];     // lanes over tokens; not int8
+  const Path* dot[kTypeCount];       // permuted, with a dot instruction: bf16, int8
+  const Path* tiles[kTypeCount];     // records expanded into AMX tiles: bf16, int8
 };
 const Kernels& kernels(CpuIsa isa);
 

@@ -92,7 +92,7 @@ def cpu_info() -> dict[str, Any]:
 
     >>> import lissom
     >>> sorted(lissom.cpu_info()["sparse24"])
-    ['bfloat16', 'float16', 'float32']
+    ['bfloat16', 'float16', 'float32', 'int8']
     """
     return dict(_library().cpu_info())
 

@@ -40,7 +40,7 @@ bool legal_nibbles_are_the_increasing_pairs() {
 
 // Every byte of a record behind its metadata belongs to exactly one kept value.
 bool record_is_covered_once() {
-  for (DType t : {DType::f32, DType::bf16, DType::f16}) {
+  for (DType t : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
     std::set<int64_t> used;
     for (int64_t row = 0; row < kPanelRows; ++row)
       for (int64_t quad = 0; quad < kRecordQuads; ++quad)
@@ -56,22 +56,29 @@ bool record_is_covered_once() {
   // a 16-bit pair is one 32-bit lane; floats of one slot are one vector
   REQUIRE(value_offset(3, 2, 1, DType::bf16) == value_offset(3, 2, 0, DType::bf16) + 2);
   REQUIRE(value_offset(4, 2, 1, DType::f32) == value_offset(3, 2, 1, DType::f32) + 4);
+  // four int8 are one lane: the pairs of two quads
+  REQUIRE(value_offset(3, 4, 0, DType::i8) == kMetaBytes + 2 * 64 + 3 * 4);
+  REQUIRE(value_offset(3, 5, 1, DType::i8) == value_offset(3, 4, 0, DType::i8) + 3);
   return true;
 }
 
 bool sizes() {
   REQUIRE(sizeof(PackedHeader) == 64);
-  for (DType t : {DType::f32, DType::bf16}) {
+  for (DType t : {DType::f32, DType::bf16, DType::i8}) {
+    const int64_t head = t == DType::i8 ? 64 : 0;
     for (int64_t n : {0, 1, 15, 16, 17, 4096}) {
       for (int64_t k : {0, 4, 8, 28, 32, 36, 4096}) {
         REQUIRE(panels(n) * 16 >= n && panels(n) * 16 < n + 16);
         REQUIRE(records(k) * 32 >= k && records(k) * 32 < k + 32);
         REQUIRE(meta_columns(k) * 8 >= k && meta_columns(k) * 8 < k + 8);
-        REQUIRE(packed_bytes(n, k, t) == 64 + panels(n) * records(k) * record_bytes(t));
+        REQUIRE(packed_bytes(n, k, t) == 64 + panels(n) * (head + records(k) * record_bytes(t)));
+        REQUIRE(panel_bytes(k, t) % 64 == 0);
       }
     }
   }
   REQUIRE(packed_bytes(4096, 4096, DType::bf16) == 64 + int64_t{4096} * 4096 * 2 * 9 / 16);
+  REQUIRE(kMostInt8Columns % 4 == 0 && kMostInt8Columns / 2 * 128 * 128 <= INT32_MAX);
+  REQUIRE((kMostInt8Columns + 4) / 2 * 128 * 128 > INT32_MAX);
   REQUIRE(packed_bytes(int64_t{1} << 20, int64_t{1} << 20, DType::f32) > int64_t{1} << 41);
   return true;
 }

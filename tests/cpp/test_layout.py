@@ -44,7 +44,10 @@ def test_layout(tmp_path):
     ("file", "right", "wrong"),
     [
         ("sparse24/layout.h", "case 0x1: return 0xC;", "case 0x1: return 0x8;"),
-        ("sparse24/layout.h", "q * 64 + r * 4 + slot * 2", "q * 64 + r * 2 + slot * 2"),
+        ("sparse24/layout.h", ": q * 64 + slot * 2", ": q * 64 + slot * 4"),
+        ("sparse24/layout.h", "q / 2 * 64 + q % 2 * 2", "q / 2 * 64 + q % 2"),
+        ("sparse24/layout.h", "t == DType::i8 ? kPanelRows * 4", "t == DType::i8 ? kPanelRows * 2"),
+        ("sparse24/layout.h", "kMostInt8Columns = 262140", "kMostInt8Columns = 262144"),
         ("core/types.h", "u + 0x7fffu +", "u + 0x8000u +"),
     ],
 )

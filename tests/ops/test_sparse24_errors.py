@@ -45,12 +45,12 @@ CASES = {
     "compress float64": (
         lambda: ops.sparse24_compress(W.double()),
         TypeError,
-        r"float32, bfloat16 or float16.*ouble",
+        r"float32, bfloat16, float16 or int8.*ouble",
     ),
-    "compress int8": (
-        lambda: ops.sparse24_compress(W.to(torch.int8)),
+    "compress int32": (
+        lambda: ops.sparse24_compress(W.to(torch.int32)),
         TypeError,
-        "float32, bfloat16 or float16",
+        "float32, bfloat16, float16 or int8; got Int",
     ),
     "compress dense": (
         lambda: ops.sparse24_compress(torch.cat((W, torch.ones(1, K)))),
@@ -63,7 +63,7 @@ CASES = {
         r'"auto" or "magnitude".*2:4',
     ),
     "check K": (lambda: ops.sparse24_check(W[:, :6]), ValueError, "multiple of 4"),
-    "check int": (lambda: ops.sparse24_check(W.int()), TypeError, "float32, bfloat16 or float16"),
+    "check int": (lambda: ops.sparse24_check(W.int()), TypeError, "float32, bfloat16, float16 or int8"),
     "check_meta dtype": (
         lambda: ops.sparse24_check_meta(META.int(), K),
         TypeError,
@@ -87,7 +87,7 @@ CASES = {
     "decompress int": (
         lambda: ops.sparse24_decompress(VALUES.int(), META, K),
         TypeError,
-        "float32, bfloat16",
+        "float32, bfloat16, float16 or int8",
     ),
     "pack target": (
         lambda: ops.sparse24_pack(VALUES, META, "sm80"),
@@ -108,7 +108,7 @@ CASES = {
     "pack float64": (
         lambda: ops.sparse24_pack(VALUES.double(), META),
         TypeError,
-        "float32, bfloat16 or float16",
+        "float32, bfloat16, float16 or int8",
     ),
     "unpack target": (lambda: ops.sparse24_unpack(PACKED, N, K, "sm90"), ValueError, r'"cpu-v1".*sm90'),
     "unpack dtype": (
@@ -208,7 +208,8 @@ FOREIGN = {
     "floats": (PACKED.view(torch.float32), "contiguous uint8 vector"),
     "other magic": (header(magic=b"MARLIN24"), "no cpu-v1 header"),
     "later version": (header(version=2), "no cpu-v1 header of version 1"),
-    "unknown dtype": (header(dtype=3), "no cpu-v1 header"),
+    "unknown dtype": (header(dtype=4), "no cpu-v1 header"),
+    "int8": (header(dtype=3), "damaged"),
     "negative dtype": (header(dtype=-1), "no cpu-v1 header"),
     "other dtype": (header(dtype=1), "damaged"),
     "other N": (header(n=36), "holds a weight of N=36"),

@@ -112,8 +112,9 @@ def test_one_quad_in_its_place(row, quad, half):
 def test_lengths_tell_target_and_type():
     """What a CUDA operator goes by, as it cannot read a header without waiting for the device."""
     for n, k in itertools.product([0, 1, 16, 20, 32, 100, 4096], [0, 4, 32, 64, 100, 4096]):
-        forms = [("cpu-v1", torch.bfloat16), *(("sm80-v1", dtype) for dtype in HALVES)]
-        assert len({twin.packed_bytes(n, k, dtype, target) for target, dtype in forms}) == 3
+        forms = [("cpu-v1", torch.bfloat16), *(("sm80-v1", dtype) for dtype in (*HALVES, torch.int8))]
+        assert len({twin.packed_bytes(n, k, dtype, target) for target, dtype in forms}) == 4
+        assert len({twin.packed_bytes(n, k, torch.int8, target) for target in twin.TARGETS}) == 2
 
 
 VALUES, META = problem(20, 40, torch.bfloat16)
@@ -132,7 +133,7 @@ REFUSED = {
     "float32": (
         lambda: ops.sparse24_pack(VALUES.float(), META, "sm80-v1"),
         TypeError,
-        "sm80-v1 holds bfloat16 and float16",
+        "sm80-v1 holds bfloat16, float16 and int8",
     ),
     "unknown": (
         lambda: ops.sparse24_pack(VALUES, META, "sm90"),
@@ -190,7 +191,7 @@ REFUSED = {
         "header of version 1",
     ),
     "dtype": (
-        lambda: ops.sparse24_unpack(header(dtype=3), 20, 40, "sm80-v1"),
+        lambda: ops.sparse24_unpack(header(dtype=4), 20, 40, "sm80-v1"),
         RuntimeError,
         "no sm80-v1 header",
     ),

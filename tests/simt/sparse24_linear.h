@@ -14,7 +14,7 @@ namespace cases {
 using lissom::sparse24::Act;
 namespace sm80 = lissom::sparse24::sm80;
 
-constexpr int kBf16 = 1, kF16 = 2, kInt8 = sm80::kInt8, kF32 = 0;
+constexpr int kBf16 = 1, kF16 = 2, kInt8 = 3, kF32 = 0;
 
 struct Shape {
   int64_t m, n, k;

@@ -14,16 +14,21 @@ constexpr int kLaneVectors = 6;           // lanes: vectors of tokens in a tile
 constexpr int64_t kTokenBlock = 128;      // permuted: tokens whose packed x stays in L2
 constexpr int64_t kPrefetchAhead = 2048;  // bytes
 
+// clang-format off: each builds on the one before
 #include "sparse24/cpu/sparse24_epilogue.inc"
+#include "sparse24/cpu/sparse24_tiling.inc"
 #include "sparse24/cpu/sparse24_kernels.inc"
+#include "sparse24/cpu/sparse24_int8.inc"
+// clang-format on
 
 }  // namespace
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    {&permuted::kPath<DType::f32>, &permuted::kPath<DType::bf16>, &permuted::kPath<DType::f16>},
-    {&lanes::kPath<DType::f32>, &lanes::kPath<DType::bf16>, &lanes::kPath<DType::f16>},
-    nullptr,
-    nullptr};
+    {&permuted::kPath<DType::f32>, &permuted::kPath<DType::bf16>, &permuted::kPath<DType::f16>,
+     &permuted_int8::kPath},
+    {&lanes::kPath<DType::f32>, &lanes::kPath<DType::bf16>, &lanes::kPath<DType::f16>, nullptr},
+    {},
+    {}};
 
 }  // namespace lissom::sparse24::avx2

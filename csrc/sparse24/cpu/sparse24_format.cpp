@@ -41,6 +41,17 @@ uint32_t nibble_at(const uint8_t* meta_row, int64_t quad) {
   return (meta_row[quad / 2] >> (4 * (quad % 2))) & 15u;
 }
 
+// Of the rows of a panel; zero for those behind N.
+void sum_rows(const Canonical& int8, int64_t panel, uint8_t* out) {
+  for (int64_t r = 0; r < kPanelRows; ++r) {
+    const int64_t n = panel * kPanelRows + r;
+    int32_t sum = 0;
+    const int8_t* kept = static_cast<const int8_t*>(int8.values) + n * (int8.k / 2);
+    for (int64_t i = 0; n < int8.n && i < int8.k / 2; ++i) sum += kept[i];
+    memcpy(out + 4 * r, &sum, 4);
+  }
+}
+
 }  // namespace
 
 BadQuad check_rows(const void* w, int64_t k, int64_t bytes, int64_t begin, int64_t end) {
@@ -132,8 +143,10 @@ void pack_panels(const Canonical& in, DType dtype, uint8_t* records_out, int64_t
     using T = decltype(zero);
     const int64_t quads = in.k / 4;
     for (int64_t p = begin; p < end; ++p) {
+      uint8_t* const panel = records_out + p * panel_bytes(in.k, dtype);
+      if (dtype == DType::i8) sum_rows(in, p, panel);
       for (int64_t j = 0; j < records(in.k); ++j) {
-        uint8_t* record = records_out + p * panel_bytes(in.k, dtype) + j * record_bytes(dtype);
+        uint8_t* record = panel + panel_head_bytes(dtype) + j * record_bytes(dtype);
         memset(record, 0, static_cast<size_t>(record_bytes(dtype)));
         for (int64_t r = 0; r < kPanelRows; ++r) {
           const int64_t n = p * kPanelRows + r;
@@ -162,7 +175,8 @@ void unpack_panels(const uint8_t* records_in, DType dtype, const Canonical& out,
     const int64_t quads = out.k / 4;
     const int64_t columns = meta_columns(out.k);
     for (int64_t n = begin * kPanelRows; n < end * kPanelRows && n < out.n; ++n) {
-      const uint8_t* panel = records_in + n / kPanelRows * panel_bytes(out.k, dtype);
+      const uint8_t* panel =
+          records_in + n / kPanelRows * panel_bytes(out.k, dtype) + panel_head_bytes(dtype);
       const int64_t r = n % kPanelRows;
       uint8_t* meta = out.meta + n * columns;
       memset(meta, 0, static_cast<size_t>(columns));

@@ -109,7 +109,8 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in, 
   const int64_t k = check_canonical(op, values_in, meta_in), n = values_in.size(0);
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
   require_legal_meta(op, meta, k);
-  const DType t = element_type(op, values, "values");
+  const DType t = weight_type(op, values, "values");
+  require_int8_columns(op, t, k);
   Tensor packed = make(packed_bytes(n, k, t), values.options().dtype(at::kByte));
   uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const PackedHeader header = {
@@ -123,7 +124,9 @@ Tensor pack_for(const char* op, const Tensor& values_in, const Tensor& meta_in, 
 // The form of another device, to look at or to save the device the work: on the CPU nothing computes with it.
 Tensor pack_for_sm80(const Tensor& values_in, const Tensor& meta_in) {
   const int64_t k = check_canonical("sparse24_pack", values_in, meta_in), n = values_in.size(0);
-  const auto t = static_cast<int32_t>(sm80_type("sparse24_pack", values_in));
+  const DType type = sm80_type("sparse24_pack", values_in);
+  require_int8_columns("sparse24_pack", type, k);
+  const auto t = static_cast<int32_t>(type);
   const Tensor values = values_in.contiguous(), meta = meta_in.contiguous();
   require_legal_meta("sparse24_pack", meta, k);
   Tensor packed = at::empty({sm80::buffer_bytes(n, k, t)}, values.options().dtype(at::kByte));
@@ -161,7 +164,8 @@ void check_header(const char* op, const PackedHeader& h, const Tensor& packed, i
                   const Bytes& bytes) {
   TORCH_CHECK(h.n == n && h.k == k, "lissom::", op, ": packed holds a weight of N=", h.n, ", K=", h.k,
               "; got N=", n, ", K=", k);
-  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
+  const int64_t most = h.dtype == static_cast<int32_t>(DType::i8) ? kMostInt8Columns : kMostSize;
+  TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= most, "lissom::", op,
               ": packed is damaged: its header says N=", n, ", K=", k);
   TORCH_CHECK(packed.numel() == bytes(), "lissom::", op, ": packed is damaged: N=", n, ", K=", k, " need ",
               bytes(), " bytes; got ", packed.numel());
@@ -171,9 +175,10 @@ DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
   const PackedHeader h = header_of(op, packed);
   TORCH_CHECK(memcmp(h.magic, sm80::kMagic, 8) != 0, "lissom::", op,
               ": packed is of target sm80-v1, for CUDA; on the CPU pack the weight for cpu-v1");
-  TORCH_CHECK(!memcmp(h.magic, "LISSOM24", 8) && h.version == kPackedVersion && h.dtype >= 0 && h.dtype <= 2,
-              "lissom::", op, ": packed has no cpu-v1 header of version ", kPackedVersion,
-              "; pack the weight again with sparse24_pack");
+  TORCH_CHECK(
+      !memcmp(h.magic, "LISSOM24", 8) && h.version == kPackedVersion && h.dtype >= 0 && h.dtype < kTypeCount,
+      "lissom::", op, ": packed has no cpu-v1 header of version ", kPackedVersion,
+      "; pack the weight again with sparse24_pack");
   const DType t = static_cast<DType>(h.dtype);
   check_header(op, h, packed, n, k, [&] { return packed_bytes(n, k, t); });
   return t;
@@ -182,7 +187,7 @@ DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
 DType check_packed_sm80(const char* op, const Tensor& packed, int64_t n, int64_t k) {
   const PackedHeader h = header_of(op, packed);
   TORCH_CHECK(
-      !memcmp(h.magic, sm80::kMagic, 8) && h.version == sm80::kVersion && h.dtype >= 1 && h.dtype <= 2,
+      !memcmp(h.magic, sm80::kMagic, 8) && h.version == sm80::kVersion && sm80::element_bytes(h.dtype) > 0,
       "lissom::", op, ": packed has no sm80-v1 header of version ", sm80::kVersion,
       "; pack the weight with target=\"sm80-v1\"");
   check_header(op, h, packed, n, k, [&] { return sm80::buffer_bytes(n, k, h.dtype); });
@@ -257,42 +262,61 @@ void run_linear(const Linear& problem, const Tensor& like) {
   });
 }
 
+// [n] in float, padded with zeros to whole panels: kernels read 16 at a time.
+Tensor padded(const Tensor& row, int64_t n) {
+  Tensor whole = at::zeros({panels(n) * kPanelRows}, row.options().dtype(at::kFloat).requires_grad(false));
+  whole.narrow(0, 0, n).copy_(row);
+  return whole;
+}
+const float* floats(const Tensor& t) {
+  return t.defined() ? static_cast<const float*>(t.const_data_ptr()) : nullptr;
+}
+
+// What int8 has beside a Linear of other types.
+struct RowScales {
+  Tensor w, x;
+};
+
+// Everything checked: y, computed.
+Tensor product(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const Terms& terms, Act act,
+               DType t, at::ScalarType out, const RowScales& scales) {
+  const int64_t m = leading(x);
+  Tensor bias, res;
+  if (terms.bias && terms.bias->defined()) bias = padded(*terms.bias, n);
+  if (terms.residual && terms.residual->defined()) res = rows_of(*terms.residual, m, n);
+  Tensor y = at::empty(with_last(x, n), x.options().dtype(out));
+  if (m == 0 || n == 0) return y;
+  const Tensor flat = rows_of(x, m, k);
+  run_linear(
+      {m, n, k, flat.const_data_ptr(), flat.stride(0), records_of(packed), floats(bias), floats(scales.w),
+       floats(scales.x), res.defined() ? res.const_data_ptr() : nullptr, res.defined() ? res.stride(0) : 0,
+       y.mutable_data_ptr(), t, element_type("sparse24_linear", y, "y"), act},
+      x);
+  return y;
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const c10::optional<Tensor>& bias,
               c10::string_view act, const c10::optional<Tensor>& residual,
               c10::optional<at::ScalarType> out_dtype) {
   const DType t = check_packed("sparse24_linear", packed, n, k);
-  const at::ScalarType out = check_linear(x, t, n, k, bias, residual, out_dtype);
-  const int64_t m = leading(x);
-  Tensor padded_bias, res;
-  if (bias && bias->defined()) {
-    padded_bias = at::zeros({panels(n) * kPanelRows}, x.options().dtype(at::kFloat).requires_grad(false));
-    padded_bias.narrow(0, 0, n).copy_(*bias);
-  }
-  if (residual && residual->defined()) res = rows_of(*residual, m, n);
-  const Act chosen = activation(act);
-  Tensor y = at::empty(with_last(x, n), x.options().dtype(out));
-  if (m == 0 || n == 0) return y;
-  const Tensor flat = rows_of(x, m, k);
-  const Linear problem = {
-      m,
-      n,
-      k,
-      flat.const_data_ptr(),
-      flat.stride(0),
-      records_of(packed),
-      padded_bias.defined() ? static_cast<const float*>(padded_bias.const_data_ptr()) : nullptr,
-      res.defined() ? res.const_data_ptr() : nullptr,
-      res.defined() ? res.stride(0) : 0,
-      y.mutable_data_ptr(),
-      t,
-      out == at::kFloat ? DType::f32 : t,
-      chosen};
-  run_linear(problem, x);
-  return y;
+  const Terms terms = {bias, residual};
+  const at::ScalarType out = check_linear(x, t, n, k, terms, out_dtype);
+  return product(x, packed, n, k, terms, activation("sparse24_linear", act), t, out, {});
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& scale_x, const Tensor& packed, const Tensor& scale_w,
+                   int64_t n, int64_t k, const c10::optional<Tensor>& bias, c10::string_view act,
+                   const c10::optional<Tensor>& residual, c10::optional<at::ScalarType> out_dtype) {
+  const DType t = check_packed("sparse24_linear_int8", packed, n, k);
+  const Terms terms = {bias, residual};
+  const at::ScalarType out = check_linear_int8(x, {scale_x, scale_w}, t, n, k, terms, out_dtype);
+  const Act chosen = activation("sparse24_linear_int8", act);
+  return product(x, packed, n, k, terms, chosen, t, out, {padded(scale_w, n), scale_x.contiguous()});
 }
 
 Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta,
                      const c10::optional<Tensor>& bias) {
+  element_type("sparse24_linear_values", values, "values");
   // One call's worth: torch's allocator, which hands out pages that it has already.
   const Tensor packed =
       pack_for("sparse24_linear_values", values, meta,
@@ -356,6 +380,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, m) {
   m.impl("sparse24_pack", pack);
   m.impl("sparse24_unpack", unpack);
   m.impl("sparse24_linear", linear);
+  m.impl("sparse24_linear_int8", linear_int8);
   m.impl("sparse24_linear_values", linear_values);
   m.impl("sparse24_grad_input", grad_input);
   m.impl("sparse24_mask_mm", mask_mm);

@@ -18,24 +18,27 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 namespace avx512x {
-extern const Path kDot;
+extern const Path kDot, kDotInt8;
 }
 namespace amx {
-extern const Path kTiles;
+extern const Path kTiles, kTilesInt8;
 }
 #endif
 
 const Kernels& kernels(CpuIsa isa) {
 #if defined(__x86_64__)
-  static const Kernels with_dot = {
-      {avx512::kKernels.permuted[0], avx512::kKernels.permuted[1], avx512::kKernels.permuted[2]},
-      {avx512::kKernels.lanes[0], avx512::kKernels.lanes[1], avx512::kKernels.lanes[2]},
-      &avx512x::kDot,
-      nullptr};
-  static const Kernels with_tiles = {{with_dot.permuted[0], with_dot.permuted[1], with_dot.permuted[2]},
-                                     {with_dot.lanes[0], with_dot.lanes[1], with_dot.lanes[2]},
-                                     with_dot.dot,
-                                     &amx::kTiles};
+  static const Kernels with_dot = [] {
+    Kernels all = avx512::kKernels;
+    all.dot[static_cast<int>(DType::bf16)] = &avx512x::kDot;
+    all.dot[static_cast<int>(DType::i8)] = &avx512x::kDotInt8;
+    return all;
+  }();
+  static const Kernels with_tiles = [] {
+    Kernels all = with_dot;
+    all.tiles[static_cast<int>(DType::bf16)] = &amx::kTiles;
+    all.tiles[static_cast<int>(DType::i8)] = &amx::kTilesInt8;
+    return all;
+  }();
   switch (isa) {
     case CpuIsa::portable: return portable::kKernels;
     case CpuIsa::avx2: return avx2::kKernels;
@@ -54,12 +57,12 @@ constexpr const char* kPathNames[] = {"", "permuted", "lanes", "permuted-dot", "
 std::atomic<int> forced{0};
 
 const Path* forced_path(const Kernels& all, DType dtype) {
-  const bool bf16 = dtype == DType::bf16;
+  const int t = static_cast<int>(dtype);
   switch (forced.load(std::memory_order_relaxed)) {
-    case 1: return all.permuted[static_cast<int>(dtype)];
-    case 2: return all.lanes[static_cast<int>(dtype)];
-    case 3: return bf16 ? all.dot : nullptr;
-    case 4: return bf16 ? all.tiles : nullptr;
+    case 1: return all.permuted[t];
+    case 2: return all.lanes[t];
+    case 3: return all.dot[t];
+    case 4: return all.tiles[t];
     default: return nullptr;
   }
 }
@@ -77,16 +80,17 @@ bool force_path(const char* name) {
 
 const Path& choose_path(CpuIsa isa, DType dtype, int64_t m, bool finite) {
   const Kernels& all = kernels(isa);
-  const Path* wanted = forced_path(all, dtype);
-  if (wanted && (finite || wanted != all.tiles)) return *wanted;
-  const CorePlan& plan = core_plan();
   const int t = static_cast<int>(dtype);
-  if (dtype == DType::bf16 && all.tiles && finite) return *all.tiles;
-  if (dtype == DType::bf16 && all.dot && plan.bf16_dot) return *all.dot;
+  const Path* wanted = forced_path(all, dtype);
+  if (wanted && (finite || wanted != all.tiles[t])) return *wanted;
+  const CorePlan& plan = core_plan();
+  if (all.tiles[t] && finite) return *all.tiles[t];
+  // The dot product of bytes is fast wherever it exists, that of bf16 is not.
+  if (all.dot[t] && (dtype == DType::i8 || plan.bf16_dot)) return *all.dot[t];
   const int64_t from = dtype == DType::f32    ? plan.lanes_from_f32
                        : dtype == DType::bf16 ? plan.lanes_from_bf16
                                               : plan.lanes_from_f16;
-  return m >= from ? *all.lanes[t] : *all.permuted[t];
+  return m >= from && all.lanes[t] ? *all.lanes[t] : *all.permuted[t];
 }
 
 }  // namespace lissom::sparse24

@@ -24,8 +24,8 @@ inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uint
 
 // `row_bytes`: what the rows of x must lie on.
 inline bool valid(const LissomLinear& p, int64_t row_bytes) {
-  const bool int8 = p.dtype == sm80::kInt8;
   const auto is = [](int32_t code, DType t) { return code == static_cast<int32_t>(t); };
+  const bool int8 = is(p.dtype, DType::i8);
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k % 4 != 0) return false;
   if (!int8 && !is(p.dtype, DType::bf16) && !is(p.dtype, DType::f16)) return false;
   if (!is(p.out, DType::f32) && !is(p.out, DType::bf16) && !is(p.out, DType::f16)) return false;
@@ -36,9 +36,8 @@ inline bool valid(const LissomLinear& p, int64_t row_bytes) {
 
 inline Work work_of(const LissomLinear& p, int splits, void* partial) {
   const int64_t out = element_bytes(static_cast<DType>(p.out));
-  Work w = {
-      p,      sm80::panels(p.n), sm80::records(p.k, p.dtype == sm80::kInt8 ? 1 : 2), splits, false, false,
-      partial};
+  Work w = {p,      sm80::panels(p.n), sm80::records(p.k, sm80::element_bytes(p.dtype)), splits, false, false,
+            partial};
   w.wide_y = aligned(p.y, 16) && p.n * out % 16 == 0;
   w.wide_residual = aligned(p.residual, 16) && p.residual_stride * out % 16 == 0;
   return w;
@@ -51,6 +50,7 @@ LISSOM_DEVICE float read_as(int dtype, const void* p, int64_t i) {
     case DType::f32: return dev::load(static_cast<const float*>(p) + i);
     case DType::bf16: return dev::to_float(dev::load(static_cast<const dev::bf16*>(p) + i));
     case DType::f16: return dev::to_float(dev::load(static_cast<const dev::f16*>(p) + i));
+    case DType::i8: break;
   }
   return 0.0f;
 }

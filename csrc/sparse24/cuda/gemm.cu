@@ -44,7 +44,7 @@ int lissom_sparse24_gemm(const LissomLinear* linear, int tile, int splits, void*
     return kWrongArgument;
   const Work work = work_of(p, splits, workspace);
   constexpr std::make_integer_sequence<int, kTileCount> kAll{};
-  if (p.dtype == sm80::kInt8) return choose_gemm<int8_t>(tile, work, stream, kAll);
+  if (p.dtype == static_cast<int>(lissom::DType::i8)) return choose_gemm<int8_t>(tile, work, stream, kAll);
   return p.dtype == static_cast<int>(lissom::DType::bf16)
              ? choose_gemm<lissom::dev::bf16>(tile, work, stream, kAll)
              : choose_gemm<lissom::dev::f16>(tile, work, stream, kAll);

@@ -335,6 +335,7 @@ sparse24_reduce(const Work w) {
     case DType::f32: return finish<float>(w, token, row, v);
     case DType::bf16: return finish<dev::bf16>(w, token, row, v);
     case DType::f16: return finish<dev::f16>(w, token, row, v);
+    case DType::i8: return;  // refused by valid()
   }
 }
 

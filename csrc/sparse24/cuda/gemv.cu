@@ -25,7 +25,8 @@ using namespace lissom::sparse24;
 int lissom_sparse24_gemv(const LissomLinear* linear, void* stream) {
   const LissomLinear& p = *linear;
   if (p.m == 0 || p.n == 0) return 0;
-  if (p.m > kGemvTokens || p.dtype == sm80::kInt8 || !valid(p, 8)) return kWrongArgument;
+  if (p.m > kGemvTokens || p.dtype == static_cast<int>(lissom::DType::i8) || !valid(p, 8))
+    return kWrongArgument;
   const Work work = work_of(p, 1, nullptr);
   return p.dtype == static_cast<int>(lissom::DType::bf16) ? choose_gemv<lissom::dev::bf16>(work, stream)
                                                           : choose_gemv<lissom::dev::f16>(work, stream);

@@ -22,7 +22,8 @@ extern "C" int lissom_sparse24_grad_input(DType dtype, int tile_rows, const void
                                           const void* records, void* dx, int64_t m, int64_t n, int64_t k,
                                           void* stream) {
   if (m == 0 || k == 0) return 0;
-  if (dtype == DType::f32 || dy_stride % 8 || (tile_rows != 64 && tile_rows != 128)) return kWrongArgument;
+  if (element_bytes(dtype) != 2 || dy_stride % 8 || (tile_rows != 64 && tile_rows != 128))
+    return kWrongArgument;
   const bool bf16 = dtype == DType::bf16;
   const auto launcher = tile_rows == 64 ? bf16 ? run<dev::bf16, 64> : run<dev::f16, 64>
                         : bf16          ? run<dev::bf16, 128>

@@ -55,7 +55,7 @@ int lissom_sparse24_grad_input(lissom::DType dtype, int tile_rows, const void* d
 
 typedef struct {
   int64_t m, n, k;
-  int32_t dtype;  // of x and W: bf16, f16, or sm80::kInt8
+  int32_t dtype;  // of x and W: bf16, f16 or i8
   int32_t out;    // of y and residual: float32, or 16 bits (as dtype; either one for int8)
   int32_t act;    // Act of sparse24.h
   int32_t bias_dtype;

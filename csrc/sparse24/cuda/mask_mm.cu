@@ -10,7 +10,7 @@ extern "C" int lissom_sparse24_mask_mm(DType dtype, const void* dy, int64_t dy_s
                                        int64_t x_stride, const uint8_t* meta, void* values, int64_t m,
                                        int64_t n, int64_t k, void* stream) {
   if (n == 0 || k == 0) return 0;
-  if (dtype == DType::f32 || dy_stride % 8 || x_stride % 8) return kWrongArgument;
+  if (element_bytes(dtype) != 2 || dy_stride % 8 || x_stride % 8) return kWrongArgument;
   const int64_t tiles =
       (n + MaskMm::kRows - 1) / MaskMm::kRows * ((k + MaskMm::kColumns - 1) / MaskMm::kColumns);
   const auto kernel = dtype == DType::bf16 ? mask_mm_kernel<dev::bf16> : mask_mm_kernel<dev::f16>;

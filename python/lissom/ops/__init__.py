@@ -29,9 +29,11 @@ from lissom.ops.sparse24_cutlass import (
     sparse24_to_cutlass,
     sparse24_to_torch,
 )
+from lissom.ops.sparse24_int8 import quantize_rows, sparse24_linear_int8
 
 __all__ = [
     "pruning_permute",
+    "quantize_rows",
     "solver_admm_mask",
     "solver_admm_step_",
     "solver_masked_solve",
@@ -45,6 +47,7 @@ __all__ = [
     "sparse24_from_torch",
     "sparse24_grad_input",
     "sparse24_linear",
+    "sparse24_linear_int8",
     "sparse24_linear_values",
     "sparse24_mask_mm",
     "sparse24_pack",

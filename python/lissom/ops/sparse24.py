@@ -23,7 +23,7 @@ def sparse24_compress(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tens
     Zero means equal to zero, so -0.0 counts as zero; NaN and infinities are kept bit for bit.
 
     Args:
-        w: [N, K] float32, bfloat16 or float16, K a multiple of 4.
+        w: [N, K] float32, bfloat16, float16 or int8, K a multiple of 4.
         pattern: "auto" wants w to be 2:4 already; "magnitude" keeps the two largest magnitudes of a quad (ties: the
             lower position).
 
@@ -96,7 +96,7 @@ def sparse24_validate_meta(meta: Tensor, K: int) -> None:
 def sparse24_target(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """The packed form of a device's kernels: "cpu-v1", "sm80-v1", or None where they take only the canonical one.
 
-    On CUDA, bfloat16 and float16 have kernels (where lissom was built with them). For 2:4 in float32 there are no
+    On CUDA, bfloat16, float16 and int8 have kernels (where lissom was built with them). For 2:4 in float32 there are no
     tensor cores: sparse24_linear_values expands such a weight at every call, and says so once.
 
     >>> sparse24_target("cpu", torch.float32)
@@ -109,10 +109,12 @@ def sparse24_pack(values: Tensor, meta: Tensor, target: str | None = None) -> Te
     """Kernel layout of a canonical form: uint8 [bytes] that begin with a header. A cache: never save it.
 
     Args:
-        target: "cpu-v1" or "sm80-v1" (CUDA; bfloat16 and float16; made on the CPU too); the device's own when left out.
+        target: "cpu-v1" or "sm80-v1" (CUDA; bfloat16, float16 and int8; made on the CPU too); the device's own
+            when left out.
 
     Raises:
-        ValueError: corrupt metadata, shapes that do not fit, unknown target. TypeError: float32 for sm80-v1.
+        ValueError: corrupt metadata, shapes that do not fit, unknown target, int8 with K above 262140. TypeError:
+            float32 for sm80-v1.
 
     >>> values, meta = sparse24_compress(torch.eye(16, 32))
     >>> sparse24_pack(values, meta).shape
@@ -152,6 +154,8 @@ def sparse24_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = act(x W^T + bias) + residual, W packed. Sums in float32; differentiable in x, bias and residual.
+
+    int8 has an operator of its own, `sparse24_linear_int8`.
 
     Bit-identical from run to run for one M, ISA tier and number of threads. A pruned position never sees x: where
     dense arithmetic gives Inf * 0 = NaN, this gives nothing (the explicit zeros that fill up a quad with fewer than two
@@ -244,6 +248,7 @@ def _(meta: Tensor, K: int) -> Tensor:
 def _(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
     target = twin.resolve_target("sparse24_pack", target, values.device, values.dtype)
     n, k = twin._check_canonical("sparse24_pack", values, meta)
+    twin.require_int8_columns("sparse24_pack", values.dtype, k)
     return values.new_empty(twin.packed_bytes(n, k, values.dtype, target), dtype=torch.uint8)
 
 
@@ -280,9 +285,7 @@ def _(
 
 @torch.library.register_fake("lissom::sparse24_linear_values")
 def _(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    n, k = twin._check_canonical("sparse24_linear_values", values, meta)
-    twin.one_device("sparse24_linear_values", x=x, values=values, bias=bias)
-    twin.linear_checks(x, n, k, bias, "none", None, None)
+    n, _ = twin.check_linear_values(x, values, meta, bias)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -417,7 +420,7 @@ def _packed_dtype(packed: Tensor, n: int, k: int) -> torch.dtype | None:
         return None
     if twin.own_target(packed.device, torch.bfloat16) == "cpu-v1":
         return twin._read_header("sparse24_linear", packed, n, k)
-    sizes = {twin.packed_bytes(n, k, dtype, "sm80-v1"): dtype for dtype in (torch.bfloat16, torch.float16)}
+    sizes = {twin.packed_bytes(n, k, dtype, "sm80-v1"): dtype for dtype in twin.sm80.TYPES}
     return sizes.get(packed.numel())
 
 
@@ -433,7 +436,8 @@ def _autocast_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     with torch.amp.autocast(x.device.type, enabled=False):
-        x = x.to(_packed_dtype(packed, N, K) or x.dtype)
+        dtype = _packed_dtype(packed, N, K) or x.dtype
+        x = x.to(dtype) if dtype.is_floating_point else x
         return _ops.sparse24_linear(x, packed, N, K, bias, act, residual, out_dtype=out_dtype)
 
 

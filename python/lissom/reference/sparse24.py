@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lissom.reference import sparse24_sm80 as sm80
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (*DTYPES, torch.int8)  # in the order of the C++ enum
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
 TARGETS = ("cpu-v1", "sm80-v1")
 PANEL_ROWS, RECORD_COLUMNS, HEADER_BYTES, META_BYTES = 16, 32, 64, 64  # of cpu-v1
+MOST_INT8_COLUMNS = 262140  # K/2 products of at most 128 * 128 then fit int32
 
 # Which nibble stores a quad whose non-zero positions are the bits of the index (more than two: not 2:4).
 _NIBBLE_OF = (0xE, 0xC, 0xD, 0x4, 0xE, 0x8, 0x9, 0, 0xE, 0xC, 0xD, 0, 0xE, 0, 0, 0)
@@ -35,7 +37,8 @@ def packed_bytes(n: int, k: int, dtype: torch.dtype, target: str = "cpu-v1") -> 
     if target == "sm80-v1":
         return sm80.packed_bytes(n, k, dtype)
     record = META_BYTES + PANEL_ROWS * RECORD_COLUMNS // 2 * dtype.itemsize
-    return HEADER_BYTES + -(-n // PANEL_ROWS) * -(-k // RECORD_COLUMNS) * record
+    row_sums = 4 * PANEL_ROWS if dtype == torch.int8 else 0
+    return HEADER_BYTES + -(-n // PANEL_ROWS) * (row_sums + -(-k // RECORD_COLUMNS) * record)
 
 
 @functools.cache
@@ -61,8 +64,8 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def _check_dense(op: str, w: Tensor) -> None:
-    if w.dtype not in DTYPES:
-        raise TypeError(f"lissom::{op}: w must be float32, bfloat16 or float16; got {w.dtype}")
+    if w.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"lissom::{op}: w must be float32, bfloat16, float16 or int8; got {w.dtype}")
     if w.dim() != 2 or w.shape[1] % 4:
         raise ValueError(f"lissom::{op}: w must be [N, K] with K a multiple of 4; got {list(w.shape)}")
 
@@ -72,9 +75,9 @@ def _check_canonical(op: str, values: Tensor, meta: Tensor, k: int | None = None
     one_device(op, values=values, meta=meta)
     if k is None:
         k = values.shape[1] * 2 if values.dim() == 2 else 0
-    if values.dtype not in DTYPES or meta.dtype != torch.uint8:
+    if values.dtype not in WEIGHT_DTYPES or meta.dtype != torch.uint8:
         raise TypeError(
-            f"lissom::{op}: values must be float32, bfloat16 or float16 and meta uint8; "
+            f"lissom::{op}: values must be float32, bfloat16, float16 or int8 and meta uint8; "
             f"got {values.dtype} and {meta.dtype}"
         )
     if values.dim() != 2 or values.shape[1] * 2 != k or k % 4:
@@ -159,10 +162,10 @@ def compress(w: Tensor, *, pattern: str = "auto") -> tuple[Tensor, Tensor]:
             f"lissom::sparse24_compress: w is not 2:4 sparse: row {row}, quad {quad} has {found} non-zeros, "
             'at most 2 are allowed; prune it first or pass pattern="magnitude"'
         )
-    # Magnitudes compare as bit patterns without the sign: NaN ranks above infinity.
-    as_bits = torch.int32 if w.dtype == torch.float32 else torch.int16
+    # Magnitudes compare as bit patterns without the sign: NaN ranks above infinity. Integers have one of their own.
+    as_bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[w.itemsize]
     bits = quads.contiguous().view(as_bits)
-    size = bits & torch.iinfo(as_bits).max
+    size = bits.short().abs() if w.dtype == torch.int8 else bits & torch.iinfo(as_bits).max
     top = size.argsort(dim=-1, descending=True, stable=True)[..., :2]
     nonzero = torch.where(too_many[..., None], torch.zeros_like(nonzero).scatter_(-1, top, True), nonzero)
     weights = torch.tensor([1, 2, 4, 8], device=w.device)
@@ -193,7 +196,7 @@ def decompress(values: Tensor, meta: Tensor, k: int) -> Tensor:
 
 def header(n: int, k: int, dtype: torch.dtype, magic: bytes = b"LISSOM24", size: int = HEADER_BYTES) -> bytes:
     """What a packed form begins with."""
-    fields = magic + (1).to_bytes(4, "little") + DTYPES.index(dtype).to_bytes(4, "little")
+    fields = magic + (1).to_bytes(4, "little") + WEIGHT_DTYPES.index(dtype).to_bytes(4, "little")
     return (fields + n.to_bytes(8, "little") + k.to_bytes(8, "little")).ljust(size, b"\0")
 
 
@@ -204,14 +207,23 @@ def resolve_target(op: str, target: str | None, device: torch.device, dtype: tor
     if target not in TARGETS:
         raise ValueError(f'lissom::{op}: target must be "cpu-v1" or "sm80-v1"; got "{target}"')
     if target == "sm80-v1" and dtype == torch.float32:
-        raise TypeError(f"lissom::{op}: sm80-v1 holds bfloat16 and float16; got float32; cast the weight")
+        raise TypeError(
+            f"lissom::{op}: sm80-v1 holds bfloat16, float16 and int8; got float32; cast the weight"
+        )
     return target
+
+
+def require_int8_columns(op: str, dtype: torch.dtype, k: int) -> None:
+    """What an int8 weight can be, so that no sum leaves int32."""
+    if dtype == torch.int8 and k > MOST_INT8_COLUMNS:
+        raise ValueError(f"lissom::{op}: an int8 weight may have K={MOST_INT8_COLUMNS} at most; got K={k}")
 
 
 def pack(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
     """Twin of `sparse24_pack`."""
     target = resolve_target("sparse24_pack", target, values.device, values.dtype)
     n, k = _check_canonical("sparse24_pack", values, meta)
+    require_int8_columns("sparse24_pack", values.dtype, k)
     _require_legal("sparse24_pack", meta, k)
     if target == "sm80-v1":
         return sm80.pack(values, nibbles(meta, k), header(n, k, values.dtype, sm80.MAGIC, sm80.HEADER_BYTES))
@@ -223,12 +235,22 @@ def pack(values: Tensor, meta: Tensor, target: str | None = None) -> Tensor:
     words = words.reshape(panels, PANEL_ROWS, records, 4).transpose(1, 2).reshape(panels, records, META_BYTES)
     full = torch.zeros(panels * PANEL_ROWS, records * 16, dtype=dtype, device=device)
     full[:n, : k // 2] = values
-    full = full.reshape(panels, PANEL_ROWS, records, 8, 2).permute(0, 2, 3, 1, 4)  # lane = row
+    kept = full.reshape(panels, PANEL_ROWS, records, *_vectors(dtype)).permute(0, 2, 3, 1, 4)  # lane = row
     if dtype == torch.float32:  # one vector a slot
-        full = full.transpose(-1, -2)
-    body = torch.cat((words, full.contiguous().view(torch.uint8).reshape(panels, records, -1)), -1)
+        kept = kept.transpose(-1, -2)
+    value_bytes = PANEL_ROWS * RECORD_COLUMNS // 2 * dtype.itemsize
+    lanes = kept.contiguous().view(torch.uint8).reshape(panels, records, value_bytes)
+    body = torch.cat((words, lanes), -1).flatten(1)
+    if dtype == torch.int8:
+        sums = full.sum(-1, dtype=torch.int32).reshape(panels, PANEL_ROWS)
+        body = torch.cat((sums.view(torch.uint8), body), -1)
     head = torch.tensor(list(header(n, k, dtype)), dtype=torch.uint8, device=device)
     return torch.cat((head, body.flatten()))
+
+
+def _vectors(dtype: torch.dtype) -> tuple[int, int]:
+    """How the 16 values of a row lie in a record: vectors, and values in the lane of each; float32 before its swap."""
+    return (4, 4) if dtype == torch.int8 else (8, 2)
 
 
 def check_packed_size(
@@ -253,7 +275,7 @@ def _read_header(op: str, packed: Tensor, n: int, k: int, target: str = "cpu-v1"
     head = bytes(packed[:HEADER_BYTES].tolist())
     index = int.from_bytes(head[12:16], "little")
     magic = b"LISSOM24" if target == "cpu-v1" else sm80.MAGIC
-    if head[:8] != magic or head[8:12] != (1).to_bytes(4, "little") or index > 2:
+    if head[:8] != magic or head[8:12] != (1).to_bytes(4, "little") or index >= len(WEIGHT_DTYPES):
         raise RuntimeError(
             f"lissom::{op}: packed has no {target} header; pack the weight again with sparse24_pack"
         )
@@ -262,7 +284,7 @@ def _read_header(op: str, packed: Tensor, n: int, k: int, target: str = "cpu-v1"
         raise RuntimeError(
             f"lissom::{op}: packed holds a weight of N={found[0]}, K={found[1]}; got N={n}, K={k}"
         )
-    dtype = DTYPES[index]
+    dtype = WEIGHT_DTYPES[index]
     if packed.numel() != packed_bytes(n, k, dtype, target):
         raise RuntimeError(
             f"lissom::{op}: packed is damaged: {packed.numel()} bytes for N={n}, K={k}, {dtype}"
@@ -281,30 +303,34 @@ def unpack(
     if target == "sm80-v1":
         return sm80.unpack(packed, n, k, held)
     panels, records = -(-n // PANEL_ROWS), -(-k // RECORD_COLUMNS)
-    body = packed[HEADER_BYTES:].reshape(panels, records, -1)
+    head, record = (
+        4 * PANEL_ROWS if held == torch.int8 else 0,
+        META_BYTES + PANEL_ROWS * RECORD_COLUMNS // 2 * held.itemsize,
+    )
+    body = packed[HEADER_BYTES:].reshape(panels, head + records * record)
+    body = body[:, head:].reshape(panels, records, record)
     words = body[..., :META_BYTES].reshape(panels, records, PANEL_ROWS, 4).transpose(1, 2)
     meta = words.reshape(panels * PANEL_ROWS, records * 4)[:n, : meta_columns(k)].clone()
     if k % 8:
         meta[:, -1] &= 15
     values = body[..., META_BYTES:].contiguous().view(held)
-    shape = (
-        (panels, records, 8, 2, PANEL_ROWS) if held == torch.float32 else (panels, records, 8, PANEL_ROWS, 2)
-    )
-    values = values.reshape(shape)
+    vectors, each = _vectors(held)
     if held == torch.float32:
-        values = values.transpose(-1, -2)
+        values = values.reshape(panels, records, vectors, each, PANEL_ROWS).transpose(-1, -2)
+    else:
+        values = values.reshape(panels, records, vectors, PANEL_ROWS, each)
     values = values.permute(0, 3, 1, 2, 4).reshape(panels * PANEL_ROWS, records * 16)[:n, : k // 2]
     return values.contiguous(), meta
 
 
-def activate(y: Tensor, act: str) -> Tensor:
+def activate(y: Tensor, act: str, op: str = "sparse24_linear") -> Tensor:
     """The epilogue's activation by name."""
     if act == "none":
         return y
     if act == "gelu_tanh":
         return F.gelu(y, approximate="tanh")
     if act not in ACTIVATIONS:
-        raise ValueError(f"lissom::sparse24_linear: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+        raise ValueError(f"lissom::{op}: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
     functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
     return functions[act](y)
 
@@ -323,6 +349,8 @@ def linear(
     """Twin of `sparse24_linear`."""
     one_device("sparse24_linear", x=x, packed=packed, bias=bias, residual=residual)
     dtype = _read_header("sparse24_linear", packed, n, k)
+    if dtype == torch.int8:
+        raise TypeError("lissom::sparse24_linear: packed holds int8: call sparse24_linear_int8")
     out = linear_checks(x, n, k, bias, act, residual, out_dtype)
     if x.dtype != dtype:
         raise TypeError(f"lissom::sparse24_linear: x is {x.dtype} and the packed weight {dtype}; cast x")
@@ -354,25 +382,46 @@ def linear_checks(
     out = out_dtype or x.dtype
     if out not in (x.dtype, torch.float32):
         raise TypeError(f"{op}: out_dtype must be float32 or x's dtype {x.dtype}; got {out}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"{op}: bias must be [N={n}]; got {list(bias.shape)}")
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{op}: bias must be float32 or x's dtype {x.dtype}; got {bias.dtype}")
-    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], n):
-        raise ValueError(
-            f"{op}: residual must have y's shape {[*x.shape[:-1], n]}; got {list(residual.shape)}"
-        )
-    if residual is not None and residual.dtype != out:
-        raise TypeError(f"{op}: residual must have y's dtype {out}; got {residual.dtype}")
+    _check_terms(op, (*x.shape[:-1], n), bias, act, residual, x.dtype, out)
+    return out
+
+
+def _check_terms(
+    op: str,
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    *dtypes: torch.dtype,
+) -> None:
+    """bias [N] in dtypes[0] or float32, residual like y: `shape`, dtypes[1]."""
+    if bias is not None and tuple(bias.shape) != shape[-1:]:
+        raise ValueError(f"{op}: bias must be [N={shape[-1]}]; got {list(bias.shape)}")
+    if bias is not None and bias.dtype not in (dtypes[0], torch.float32):
+        raise TypeError(f"{op}: bias must be float32 or {dtypes[0]}; got {bias.dtype}")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"{op}: residual must have y's shape {list(shape)}; got {list(residual.shape)}")
+    if residual is not None and residual.dtype != dtypes[1]:
+        raise TypeError(f"{op}: residual must have y's dtype {dtypes[1]}; got {residual.dtype}")
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
-    return out
+
+
+def check_linear_values(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """(N, K) of a `sparse24_linear_values`, or what it rejects by shape, device and dtype alone."""
+    n, k = _check_canonical("sparse24_linear_values", values, meta)
+    one_device("sparse24_linear_values", x=x, values=values, bias=bias)
+    if values.dtype not in DTYPES:
+        raise TypeError(
+            f"lissom::sparse24_linear_values: values must be float32, bfloat16 or float16; got {values.dtype}"
+        )
+    linear_checks(x, n, k, bias, "none", None, None)
+    return n, k
 
 
 def linear_values(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
     """Twin of `sparse24_linear_values`."""
-    n, k = _check_canonical("sparse24_linear_values", values, meta)
-    one_device("sparse24_linear_values", x=x, values=values, bias=bias)
+    n, k = check_linear_values(x, values, meta, bias)
     return linear(x, pack(values, meta), n, k, bias)
 
 
