@@ -264,3 +264,66 @@ def test_rejections(weight, gram, arguments, sentence):
     arguments = {"pattern": "2:4", "method": "sparsegpt", **arguments}
     with pytest.raises(ValueError, match=sentence):
         prune_weight(weight, gram, options=Options(**choices), **arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("power", [-60, -7, 5, 67, 100])
+def test_a_power_of_two_in_gram_changes_no_bit(layer, method, power):
+    weight, gram = layer(64, rows=16, tokens=300, dtype=torch.float32)
+    expected = prune_weight(weight, gram, pattern="2:4", method=method)
+    assert torch.equal(prune_weight(weight, gram * 2.0**power, pattern="2:4", method=method), expected)
+
+
+@pytest.mark.parametrize("options", [None, Options(refit="exact")])
+def test_a_huge_gram_is_solved_as_well_as_any(layer, options):
+    weight, gram = layer(64, rows=16, tokens=300, dtype=torch.float32)
+    moments = [Moments(gram, 0.9 * gram, 0.3), Moments(gram * 1e20, 0.9 * gram * 1e20, 0.3)]
+    small, large = (
+        prune_group([weight], each, pattern=Pattern.parse("2:4"), method="wanda", options=options)[0]
+        for each in moments
+    )
+    torch.testing.assert_close(large.weight, small.weight, rtol=0, atol=3e-3)
+    assert large.relative_error == pytest.approx(small.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["50%", "2:4", "2:4+70%", "2:4t"])
+@pytest.mark.parametrize("size", [1e19, 1e-25])
+def test_the_count_is_exact_where_squares_leave_float32(layer, method, pattern, size):
+    weight, gram = layer(64, rows=16, tokens=300, dtype=torch.float32)
+    options = Options(refit=False)
+    parsed = Pattern.parse(pattern)
+    (usual,) = prune_group([weight], Moments(gram), pattern=parsed, method=method, options=options)
+    (found,) = prune_group([weight * size], Moments(gram), pattern=parsed, method=method, options=options)
+    assert found.mask.sum() == usual.mask.sum()
+    assert (found.mask != usual.mask).float().mean() < 0.02  # near-ties
+    assert found.relative_error == pytest.approx(usual.relative_error, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "mrp", "alps"])
+def test_weights_that_outgrow_their_type_are_named(method):
+    weight = torch.tensor([[39000.0, 40000.0]], dtype=torch.float16)
+    moments = Moments(torch.ones(2, 2))  # equal inputs: what is left takes the weight of both
+    with pytest.raises(ValueError, match=r"mlp.up_proj: 1 kept weights .* too large for float16 .* bfloat16"):
+        prune_group([weight], moments, pattern=Pattern.parse("1:2"), method=method, name="mlp.up_proj")
+    (fits,) = prune_group([weight.bfloat16()], moments, pattern=Pattern.parse("1:2"), method=method)
+    assert fits.weight.abs().max() > 70000
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 8)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_without_entries_stays_one(shape, method):
+    pruned = prune_weight(torch.zeros(shape), torch.eye(shape[1]), pattern="2:4", method=method)
+    assert pruned.shape == shape
+
+
+def test_act_order_takes_dead_inputs_last(layer):
+    weight, gram = layer(64, rows=8, tokens=400)
+    dead = torch.arange(8) * 8
+    gram[dead], gram[:, dead] = 0, 0
+    options = Options(refit=False, act_order=True, blocksize=16)
+    small, large = (
+        prune_weight(weight, gram * scale, pattern="50%", method="sparsegpt", options=options)
+        for scale in (1e-6, 1e6)
+    )
+    torch.testing.assert_close(small, large)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[[Problem], Solution]] = {
 }
 COMPENSATING = ("sparsegpt", "mrp", "alps")
 _SWEEPS = {prune_by_sparsegpt, prune_by_mrp}
+_SAFE_EXPONENT = 40  # squares of 2^40, over a small diagonal and summed over many columns, stay below 2^127
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def prune_weight(
 
     Args:
         weight: [R, C] floating; rows are outputs, patterns run along the C inputs.
-        gram: H = X X^T [C, C] over calibration inputs, at any scale; "magnitude" can do without.
+        gram: H = X X^T [C, C] over calibration inputs, at any scale that its type holds; "magnitude" can do
+            without.
         pattern: "n:m" (n kept of m neighbouring inputs), "50%" or 0.5 (share pruned), "2:4+70%" (2:4, then
             more inside), "2:4t" (2:4 along rows and columns).
         method: "magnitude", "wanda", "sparsegpt", "mrp" or "alps".
@@ -137,19 +140,18 @@ def prune_group(
     for weight in weights:
         _check_weight(weight, pattern, name)
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    if moments is None and method != "magnitude":
-        raise ValueError(f"{name}: method {method!r} needs the Gram matrix H of the layer's inputs; got None")
-    if moments is not None:
-        check_gram(moments.gram, weights[0].shape[1], name)
+    _check_moments(moments, method, weights[0].shape[1], name)
     stacked = torch.cat([weight.to(dtype) for weight in weights])
     if preserve is not None:
         check_frozen(preserve, pattern, (len(stacked), stacked.shape[1]), name=name)
-    if pattern.sparsity == 0:
+    if pattern.sparsity == 0 or not stacked.numel():
         return [Pruned(weight.clone(), torch.zeros_like(weight, dtype=torch.bool), 0.0) for weight in weights]
     rows = tuple(len(weight) for weight in weights)
     with matmul_precision("ieee"):
+        # Scores are squares of weights: large ones would overflow, and infinite scores cannot be ranked.
+        shift = _excess(stacked)
         problem = _pose(
-            stacked,
+            stacked * 2.0**-shift if shift else stacked,
             moments,
             rows=rows,
             pattern=pattern,
@@ -159,11 +161,10 @@ def prune_group(
             name=name,
         )
         solution = _solve(problem, solve)
+        found = solution.weight * 2.0**shift if shift else solution.weight
         results = []
-        for weight, solved, mask in zip(weights, solution.weight.split(rows), solution.pruned.split(rows)):
-            # The cast comes last and the zeros are written after it, so that the error is that of the stored
-            # weight.
-            stored = solved.to(weight.dtype).masked_fill_(mask, 0)
+        for weight, solved, mask in zip(weights, found.split(rows), solution.pruned.split(rows)):
+            stored = _stored(solved, mask, weight.dtype, name)
             error = None if moments is None else relative_error(weight, stored, moments.gram.to(dtype))
             results.append(Pruned(stored, mask, error))
     return results
@@ -180,8 +181,12 @@ def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tenso
     Returns:
         The ratio; 0 when both are zero.
     """
-    original = weight.to(gram.dtype)
-    change = pruned.to(gram.dtype) - original
+    original, change = weight.to(gram.dtype), pruned.to(gram.dtype)
+    shift = _excess(original)
+    if shift:
+        original, change = original * 2.0**-shift, change * 2.0**-shift
+    gram = _normalised(gram, gram.dtype, _magnitude(gram))
+    change = change - original
     lost = ((change @ gram) * change).sum(dtype=torch.float64).item()
     whole = ((original @ gram) * original).sum(dtype=torch.float64).item()
     if whole <= 0:
@@ -200,15 +205,56 @@ def _pose(
     frozen: torch.Tensor | None,
     name: str,
 ) -> Problem:
-    """State the problem in the precision of the solve."""
+    """State the problem in the precision of the solve, with a Hessian of about unit scale."""
     if moments is None:
         return Problem(weight, None, None, pattern, rows, frozen, options)
-    gram = moments.gram.to(weight.dtype)
+    magnitude = _magnitude(moments.gram)
+    gram = _normalised(moments.gram, weight.dtype, magnitude)
     norms = gram.diagonal().sqrt()
     hessian = damped(gram, damp, name)
     if moments.cross is not None and moments.blend > 0:
-        weight = blended_target(weight, gram, hessian, moments)
+        cross = _normalised(moments.cross, weight.dtype, magnitude)
+        weight = blended_target(weight, gram, hessian, replace(moments, gram=gram, cross=cross))
     return Problem(weight * (norms > 0), hessian, norms, pattern, rows, frozen, options)
+
+
+def _magnitude(gram: torch.Tensor) -> int:
+    """The power of two next to the mean diagonal."""
+    mean = gram.diagonal().double().mean().item() if len(gram) else 0.0
+    return math.frexp(mean)[1]
+
+
+def _normalised(matrix: torch.Tensor, dtype: torch.dtype, magnitude: int) -> torch.Tensor:
+    """A matrix over 2^magnitude: exact, so that a solve at another scale is the same one bit for bit."""
+    limit = 1000 if matrix.dtype == torch.float64 else 126
+    wide = torch.promote_types(matrix.dtype, dtype)
+    return (matrix.to(wide) * 2.0 ** -max(-limit, min(magnitude, limit))).to(dtype)
+
+
+def _excess(weight: torch.Tensor) -> int:
+    """By how many powers of two the largest weight is outside the range whose squares and sums are safe."""
+    if not weight.numel():
+        return 0
+    low, high = weight.aminmax()
+    exponent = math.frexp(max(high.item(), -low.item()))[1]
+    return exponent - max(-_SAFE_EXPONENT, min(exponent, _SAFE_EXPONENT))
+
+
+def _stored(solved: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The weight as it is kept: cast last and zeros written after it, so that its error is the one reported.
+
+    Raises:
+        ValueError: a kept weight does not fit into the type.
+    """
+    stored = solved.to(dtype).masked_fill_(mask, 0)
+    lost = int((~torch.isfinite(stored)).sum())
+    if lost:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: {lost} kept weights are too large for {kind} once they make up for the pruned ones; "
+            "load the model in bfloat16 or float32, raise damp, or leave the layer out (exclude)"
+        )
+    return stored
 
 
 def blended_target(
@@ -281,6 +327,13 @@ def check_damp(damp: float) -> None:
     """
     if not 0 <= damp <= 1:
         raise ValueError(f"damp must lie in [0, 1], got {damp!r}; 0.01 is usual")
+
+
+def _check_moments(moments: Moments | None, method: str, columns: int, name: str) -> None:
+    if moments is None and method != "magnitude":
+        raise ValueError(f"{name}: method {method!r} needs the Gram matrix H of the layer's inputs; got None")
+    if moments is not None and columns:
+        check_gram(moments.gram, columns, name)
 
 
 def _check_weight(weight: torch.Tensor, pattern: Pattern, name: str) -> None:

@@ -42,7 +42,11 @@ def prune_by_sparsegpt(problem: Problem) -> Solution:
     frozen = None if problem.frozen is None else problem.frozen.t()
     order = None
     if options.act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
+        # A dead input has a diagonal of 1 for the factorisation's sake alone: it comes last.
+        sizes = (
+            hessian.diagonal() if problem.dead is None else hessian.diagonal().masked_fill(problem.dead, 0)
+        )
+        order = sizes.argsort(descending=True, stable=True)
         weight, hessian = weight[order], hessian[order][:, order]
         dead = None if dead is None else dead[order]
         frozen = None if frozen is None else frozen[order]
