@@ -2,8 +2,9 @@
 """`lissom selftest`: are the 2:4 kernels right on this machine, and on a GPU how fast; under a minute.
 
 Inputs are multiples of 1/64, whose sums are exact in float32 in any order: a right kernel has no error at all, and the
-comparison with float64 needs no tolerance. Real-valued inputs follow, with a bound. Everything goes through
-torch.ops.lissom, so the dispatcher, the allocator and the stream are tested too.
+comparison with float64 needs no tolerance. int8 has integers, and scales that are powers of two. Real-valued inputs
+follow, with a bound. Everything goes through torch.ops.lissom, so the dispatcher, the allocator and the stream are
+tested too.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class Problem:
         return torch.randint(limit, shape, generator=self.draw)
 
     def numbers(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Multiples of 1/64 in [-1, 1], or normal ones where the inputs are not exact."""
+        """Multiples of 1/64 in [-1, 1], or normal ones where the inputs are not exact; any int8."""
+        if (dtype or self.dtype) == torch.int8:
+            return (self._below(256, *shape) - 128).to(torch.int8)
         made = (self._below(129, *shape) - 64) / 64 if self.exact else torch.randn(shape, generator=self.draw)
         return made.to(dtype or self.dtype)
 
@@ -130,22 +133,34 @@ def fragments(device: str, dtype: torch.dtype) -> Checks:
     numbers that are all different. So y[m, n] says which x, if any, the hardware multiplied: wrong selectors, metadata
     in wrong order and exchanged rows all have their own picture.
     """
-    cases = [(nibble, slot, shift) for nibble in NIBBLES for slot in (0, 1) for shift in range(8)]
-    quads = torch.tensor(NIBBLES, dtype=torch.uint8)[torch.arange(len(cases) * 32 * 8) * 7 % 6].reshape(-1, 8)
-    values = torch.zeros(len(cases) * 32, 16, dtype=dtype)
+    width = 16 if dtype == torch.int8 else 8  # quads that one instruction meets
+    cases = [(nibble, slot, shift) for nibble in NIBBLES for slot in (0, 1) for shift in range(width)]
+    quads = torch.tensor(NIBBLES, dtype=torch.uint8)[torch.arange(len(cases) * 32 * width) * 7 % 6].reshape(
+        -1, width
+    )
+    values = torch.zeros(len(cases) * 32, 2 * width, dtype=dtype)
     column = torch.zeros(len(cases) * 32, dtype=torch.long)
     for case, (nibble, slot, shift) in enumerate(cases):
         for row in range(32):
             # Another quad in each eight rows: those that share a lane must not look alike.
-            n, quad = 32 * case + row, (row + row // 8 + shift) % 8
+            n, quad = 32 * case + row, (row + row // 8 + shift) % width
             quads[n, quad] = nibble
             values[n, 2 * quad + slot] = 1
             column[n] = 4 * quad + (nibble >> 2 if slot else nibble & 3)
     packed = ops.sparse24_pack(values.to(device), bytes_of(quads).to(device))
-    for m in (8, 4, 2, 1):  # 8: tensor cores on a GPU; up to 4: without them
-        x = torch.arange(m * 32).reshape(m, 32).to(dtype)
-        y = ops.sparse24_linear(x.to(device), packed, len(column), 32).cpu()
+    for m in (8, 4, 2, 1):  # 8: tensor cores on a GPU; up to 4: without them, but for int8
+        x = torch.arange(m * 4 * width).reshape(m, 4 * width)
+        x = (x % 256 - 128 if dtype == torch.int8 else x).to(dtype)
+        y = linear(x.to(device), packed, len(column)).cpu()
         yield _name_position(cases, x, y, column)
+
+
+def linear(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    """x W^T by the operator of x's dtype; int8 with scales of one."""
+    if x.dtype != torch.int8:
+        return ops.sparse24_linear(x, packed, n, x.shape[1])
+    one = torch.ones((), device=x.device)
+    return ops.sparse24_linear_int8(x, one.expand(len(x)), packed, one.expand(n), n, x.shape[1])
 
 
 def _name_position(cases: list[tuple[int, int, int]], x: Tensor, y: Tensor, column: Tensor) -> str:
@@ -154,14 +169,14 @@ def _name_position(cases: list[tuple[int, int, int]], x: Tensor, y: Tensor, colu
         return ""
     m, n = wrong.nonzero()[0].tolist()
     (nibble, slot, _), row, got = cases[n // 32], n % 32, y[m, n].item()
-    named = int(got) if got == got and got == int(got) and 0 <= got < x.numel() else None
-    read = f", which is x[{named // 32}, {named % 32}]" if named is not None else ""
+    named = (x == got).nonzero().tolist()
+    read = f", which is x[{named[0][0]}, {named[0][1]}]" if named else ""
     by_fragment = [int(wrong[:, part::32].sum()) for part in range(32)]
     return (
         f"M = {len(x)}: {int(wrong.sum())} of {wrong.numel()} elements are wrong "
-        f"({sum(by_fragment[:16])} with selector 0, {sum(by_fragment[16:])} with selector 1). First: y[{m}, {n}] must "
-        f"be x[{m}, {int(column[n])}] and is {got}{read}. Row {row % 16} of the fragment of selector {row // 16} "
-        f"(lanes {4 * (row % 8)} to {4 * (row % 8) + 3}), nibble 0x{nibble:X}, kept value {slot}"
+        f"({sum(by_fragment[:16])} in fragment 0, {sum(by_fragment[16:])} in fragment 1, for 16-bit types the "
+        f"selector). First: y[{m}, {n}] must be x[{m}, {int(column[n])}] and is {got}{read}. Row {row % 16} of "
+        f"fragment {row // 16} (lanes {4 * (row % 8)} to {4 * (row % 8) + 3}), nibble 0x{nibble:X}, kept value {slot}"
     )
 
 
@@ -197,7 +212,7 @@ def formats(device: str, dtype: torch.dtype) -> Checks:
         )
 
 
-def shapes_of_every_kernel(gpu: str) -> list[tuple[int, int, int]]:
+def shapes_of_every_kernel(gpu: str, dtype: str = "bfloat16") -> list[tuple[int, int, int]]:
     """The smallest of some sizes, with tails, for each tile that a GPU uses, with k in one part and in several.
 
     >>> shapes_of_every_kernel("a100")[0]
@@ -207,7 +222,7 @@ def shapes_of_every_kernel(gpu: str) -> list[tuple[int, int, int]]:
     sides = ((64, 260), (504, 1028), (1000, 1028), (2024, 2052), (4072, 4092))
     rows = (1, 2, 4, 5, 9, 17, 24, 33, 48, 65, 100, 129, 200, 257, 513, 1025, 2047)
     for m, n, k in sorted(((m, n, k) for m in rows for n, k in sides), key=math.prod):
-        plan = predict.predict(gpu, "bfloat16", m, n, k)
+        plan = predict.predict(gpu, dtype, m, n, k)
         found.setdefault((plan["tile"] and tuple(plan["tile"]), plan["splits"] > 1), (m, n, k))
     return list(found.values())
 
@@ -301,6 +316,28 @@ def edges(device: str, dtype: torch.dtype) -> Checks:
         yield ""
 
 
+def integers(device: str, dtype: torch.dtype) -> Checks:
+    """int8: fragments, forms, then sparse24_linear_int8 on every shape, all values of int8, types of y in turn."""
+    yield from fragments(device, dtype)
+    yield from formats(device, dtype)
+    gpu = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else ""
+    more = shapes_of_every_kernel(gpu, "int8") if gpu else []
+    for turn, sizes in enumerate([*SHAPES, (0, 20, 32), (3, 0, 32), (3, 20, 0), *more]):
+        p = Problem(sizes, dtype, device)
+        out = twin.DTYPES[turn % 3]
+        scale_x, scale_w = (2.0 ** -p._below(5, size) for size in (sizes[0], p.n))
+        bias = (None, p.numbers(p.n, dtype=torch.float32), p.numbers(p.n, dtype=out))[turn % 3]
+        residual = p.numbers(sizes[0], p.n, dtype=out) if turn % 4 > 1 else None
+        act = ("none", "none", "relu")[turn // 3 % 3]
+        y = p.x.double() @ p.w.T * scale_x[:, None] * scale_w + (0 if bias is None else bias.double())
+        y = (y.relu() if act == "relu" else y).float() + (0 if residual is None else residual.float())
+        given = [t if t is None else t.to(device) for t in (p.x, scale_x, scale_w, bias, residual)]
+        found = ops.sparse24_linear_int8(
+            given[0], given[1], p.packed(), given[2], p.n, p.k, given[3], act, given[4], out_dtype=out
+        )
+        yield differs(f"y {sizes} as {out}, {act}", found, y.to(out))
+
+
 # Fragments first: where they fail, everything behind them fails too, with less to say.
 GROUPS: dict[str, Callable[[str, torch.dtype], Checks]] = {
     "fragments": fragments,
@@ -309,6 +346,7 @@ GROUPS: dict[str, Callable[[str, torch.dtype], Checks]] = {
     "real products": real_products,
     "gradients": gradients,
     "edges": edges,
+    "int8": integers,
 }
 
 
@@ -372,7 +410,7 @@ def run(
 
 def _group(name: str, checks: Callable[[str, torch.dtype], Checks], device: str, tier: str) -> dict[str, Any]:
     start, count, trouble = time.perf_counter(), 0, ""
-    for dtype in twin.DTYPES:
+    for dtype in (torch.int8,) if checks is integers else twin.DTYPES:
         if ops.sparse24_target(device, dtype) is None and checks not in (formats, gradients):
             continue  # float32 on a GPU has the canonical form alone
         try:

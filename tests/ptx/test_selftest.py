@@ -13,12 +13,14 @@ from lissom import selftest
 from lissom.reference import sparse24 as twin
 
 operators = importlib.import_module("lissom.ops.sparse24")
+int8 = importlib.import_module("lissom.ops.sparse24_int8")
 
 
 @pytest.fixture
 def emulated(cuda, monkeypatch):  # noqa: F811
     """lissom.ops calls the CUDA host; its library has no autograd, so the group of gradients stays out."""
     monkeypatch.setattr(operators, "_ops", cuda)
+    monkeypatch.setattr(int8, "_ops", cuda)
     monkeypatch.setattr(
         twin, "own_target", lambda device, dtype: None if dtype == torch.float32 else "sm80-v1"
     )
@@ -26,7 +28,7 @@ def emulated(cuda, monkeypatch):  # noqa: F811
     return cuda
 
 
-@pytest.mark.parametrize("name", ["fragments", "formats", "products", "real products", "edges"])
+@pytest.mark.parametrize("name", ["fragments", "formats", "products", "real products", "edges", "int8"])
 def test_a_group_passes_on_the_emulated_device(emulated, name):
     group = selftest._group(name, selftest.GROUPS[name], "cpu", "sm_80")
     assert group["trouble"] == ""
@@ -36,6 +38,9 @@ def test_a_group_passes_on_the_emulated_device(emulated, name):
     if name == "fragments":
         assert "sparse24_gemm" in started
         assert "sparse24_gemv" in started
+    if name == "int8":
+        assert "sparse24_gemm" in started
+        assert "sparse24_gemv" not in started
 
 
 # Axes of the 128 bytes of metadata: g, selector, quads 0-3 or 4-7, rows g or g + 8, byte.

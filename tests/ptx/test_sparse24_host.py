@@ -190,7 +190,7 @@ def test_float32_is_canonical_and_says_so(cuda, capfd):
     assert torch.equal(cuda.sparse24_mask_mm(dy, x, meta), twin.mask_mm(dy, x, meta))
     assert any("gather_kernel" in name for name in kernels())
     with pytest.raises(
-        TypeError, match=r"sm80-v1 holds bfloat16 and float16.*sparse24_linear_values takes float32"
+        TypeError, match=r"sm80-v1 holds bfloat16, float16 and int8.*sparse24_linear_values takes float32"
     ):
         cuda.sparse24_pack(values, meta)
 

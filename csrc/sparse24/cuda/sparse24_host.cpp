@@ -202,7 +202,7 @@ Tensor pack_unchecked(const char* op, const OnDeviceOf& on, const Tensor& values
 Tensor pack(const Tensor& values, const Tensor& meta_in, c10::optional<c10::string_view> target) {
   require_own_target("sparse24_pack", target);
   const int64_t k = check_canonical("sparse24_pack", values, meta_in);
-  sm80_type("sparse24_pack", values);
+  require_int8_columns("sparse24_pack", sm80_type("sparse24_pack", values), k);
   require_one_device("sparse24_pack", {{"values", values}, {"meta", meta_in}});
   const OnDeviceOf on("sparse24_pack", values);
   const Tensor meta = meta_in.contiguous();
@@ -218,11 +218,13 @@ DType check_packed(const char* op, const Tensor& packed, int64_t n, int64_t k) {
       packed.scalar_type(), " ", shape_of(packed));
   TORCH_CHECK(n >= 0 && k >= 0 && k % 4 == 0 && n <= kMostSize && k <= kMostSize, "lissom::", op,
               ": no packed weight has N=", n, ", K=", k);
-  for (const DType t : {DType::bf16, DType::f16})
-    if (packed.numel() == sm80::buffer_bytes(n, k, static_cast<int32_t>(t))) return t;
+  for (const DType t : {DType::bf16, DType::f16, DType::i8})
+    if (packed.numel() == sm80::buffer_bytes(n, k, static_cast<int32_t>(t)) &&
+        (t != DType::i8 || k <= kMostInt8Columns))
+      return t;
   TORCH_CHECK(false, "lissom::", op, ": packed must be the sm80-v1 form of N=", n, ", K=", k, " (",
               sm80::buffer_bytes(n, k, 1), " bytes of bfloat16, ", sm80::buffer_bytes(n, k, 2),
-              " of float16); got ", packed.numel(),
+              " of float16, ", sm80::buffer_bytes(n, k, 3), " of int8); got ", packed.numel(),
               " bytes; a weight that was packed on the CPU must be packed again on the device, as "
               "Sparse24Linear does in .to()");
 }
@@ -244,38 +246,41 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t n, int64_t k,
 
 // --- linear ---
 
-Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const c10::optional<Tensor>& bias,
-              c10::string_view act, const c10::optional<Tensor>& residual,
-              c10::optional<at::ScalarType> out_dtype) {
-  require_one_device(
-      "sparse24_linear",
-      {{"x", x}, {"packed", packed}, {"bias", or_undefined(bias)}, {"residual", or_undefined(residual)}});
-  const DType t = check_packed("sparse24_linear", packed, n, k);
-  const at::ScalarType out = check_linear(x, t, n, k, bias, residual, out_dtype);
-  const Act chosen = activation(act);
-  const OnDeviceOf on("sparse24_linear", x);
+// On the device, contiguous; of a product in int8.
+struct RowScales {
+  Tensor w, x;
+};
+
+// Everything checked: y, on its way.
+Tensor product(const char* op, const Tensor& x, const Tensor& packed, int64_t n, int64_t k,
+               const Terms& terms, Act act, DType t, at::ScalarType out, const RowScales& scales) {
+  const OnDeviceOf on(op, x);
   Tensor y = at::empty(with_last(x, n), x.options().dtype(out));
   const int64_t m = leading(x);
   if (m == 0 || n == 0) return y;
   const Tensor rows = aligned_rows(rows_of(x, m, k));
   Tensor own_bias, own_residual;
-  if (bias && bias->defined()) own_bias = bias->contiguous();
-  if (residual && residual->defined()) own_residual = rows_of(*residual, m, n);
+  if (terms.bias && terms.bias->defined()) own_bias = terms.bias->contiguous();
+  if (terms.residual && terms.residual->defined()) own_residual = rows_of(*terms.residual, m, n);
   LissomLinear p{};
   p.m = m, p.n = n, p.k = k;
   p.dtype = static_cast<int32_t>(t);
-  p.out = static_cast<int32_t>(out == at::kFloat ? DType::f32 : t);
-  p.act = static_cast<int32_t>(chosen);
+  p.out = static_cast<int32_t>(element_type(op, y, "y"));
+  p.act = static_cast<int32_t>(act);
   p.x = rows.const_data_ptr(), p.x_stride = row_stride_of(rows);
   p.records = bytes_of(packed) + sm80::kHeaderBytes;
   p.y = y.mutable_data_ptr();
   if (own_bias.defined()) {
     p.bias = own_bias.const_data_ptr();
-    p.bias_dtype = static_cast<int32_t>(element_type("sparse24_linear", own_bias, "bias"));
+    p.bias_dtype = static_cast<int32_t>(element_type(op, own_bias, "bias"));
   }
   if (own_residual.defined()) {
     p.residual = own_residual.const_data_ptr();
     p.residual_stride = row_stride_of(own_residual);
+  }
+  if (t == DType::i8) {
+    p.scale_w = static_cast<const float*>(scales.w.const_data_ptr());
+    p.scale_x = static_cast<const float*>(scales.x.const_data_ptr());
   }
   const lissom::cuda::Device& device = on.device();
   const Plan plan =
@@ -292,9 +297,40 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const
   return y;
 }
 
+Tensor linear(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, const c10::optional<Tensor>& bias,
+              c10::string_view act, const c10::optional<Tensor>& residual,
+              c10::optional<at::ScalarType> out_dtype) {
+  require_one_device(
+      "sparse24_linear",
+      {{"x", x}, {"packed", packed}, {"bias", or_undefined(bias)}, {"residual", or_undefined(residual)}});
+  const DType t = check_packed("sparse24_linear", packed, n, k);
+  const Terms terms = {bias, residual};
+  const at::ScalarType out = check_linear(x, t, n, k, terms, out_dtype);
+  const Act chosen = activation("sparse24_linear", act);
+  return product("sparse24_linear", x, packed, n, k, terms, chosen, t, out, {});
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& scale_x, const Tensor& packed, const Tensor& scale_w,
+                   int64_t n, int64_t k, const c10::optional<Tensor>& bias, c10::string_view act,
+                   const c10::optional<Tensor>& residual, c10::optional<at::ScalarType> out_dtype) {
+  constexpr const char* kOp = "sparse24_linear_int8";
+  require_one_device(kOp, {{"x", x},
+                           {"scale_x", scale_x},
+                           {"packed", packed},
+                           {"scale_w", scale_w},
+                           {"bias", or_undefined(bias)},
+                           {"residual", or_undefined(residual)}});
+  const DType t = check_packed(kOp, packed, n, k);
+  const Terms terms = {bias, residual};
+  const at::ScalarType out = check_linear_int8(x, {scale_x, scale_w}, t, n, k, terms, out_dtype);
+  const RowScales scales = {scale_w.contiguous(), scale_x.contiguous()};
+  return product(kOp, x, packed, n, k, terms, activation(kOp, act), t, out, scales);
+}
+
 Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta_in,
                      const c10::optional<Tensor>& bias) {
   const int64_t k = check_canonical("sparse24_linear_values", values, meta_in), n = values.size(0);
+  element_type("sparse24_linear_values", values, "values");
   require_one_device("sparse24_linear_values",
                      {{"x", x}, {"values", values}, {"meta", meta_in}, {"bias", or_undefined(bias)}});
   const OnDeviceOf on("sparse24_linear_values", values);
@@ -302,7 +338,7 @@ Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta_i
   if (values.scalar_type() != at::kFloat)
     return linear(x, pack_unchecked("sparse24_linear_values", on, values, meta), n, k, bias, "none",
                   c10::nullopt, c10::nullopt);
-  check_linear(x, DType::f32, n, k, bias, c10::nullopt, c10::nullopt);
+  check_linear(x, DType::f32, n, k, {bias, c10::nullopt}, c10::nullopt);
   TORCH_WARN_ONCE(
       "lissom: there are no tensor cores for 2:4 in float32: on CUDA the weight is expanded at every call, "
       "at dense speed "
@@ -365,6 +401,7 @@ TORCH_LIBRARY_IMPL(lissom, CUDA, m) {
   m.impl("sparse24_pack", pack);
   m.impl("sparse24_unpack", unpack);
   m.impl("sparse24_linear", linear);
+  m.impl("sparse24_linear_int8", linear_int8);
   m.impl("sparse24_linear_values", linear_values);
   m.impl("sparse24_grad_input", grad_input);
   m.impl("sparse24_mask_mm", mask_mm);
