@@ -239,7 +239,7 @@ def test_few_tokens_raise_the_damping_aloud():
     data = IDS[:2]  # 48 tokens for 32 and 48 inputs
     results = []
     for damp, sentence in (
-        (None, "does best on held-out tokens"),
+        (None, "chosen on held-out ones: damp"),
         (0.1, "fewer than 2 per input"),
         (0.01, "damp=None, would"),
     ):

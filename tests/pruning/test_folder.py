@@ -8,7 +8,7 @@ import torch
 
 from lissom.models.resident import Resident
 from lissom.models.tiny import build_tiny
-from lissom.pruning import Options, prune_folder, prune_model
+from lissom.pruning import prune_folder, prune_model
 
 IDS = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))
 
@@ -83,26 +83,43 @@ def test_killed_run_leaves_the_target_and_resumes(tmp_path):
 
 
 _TWO = """
-import sys, torch
+import sys, json, torch
 from lissom.models.tiny import build_tiny
-from lissom.pruning import Ranks, prune_model
+from lissom.pruning import Ranks, Reconstruction, prune_model
 torch.set_num_threads(1)
-ids = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))
+folder, samples, length, passes = sys.argv[1], *map(int, sys.argv[2:])
+ids = torch.randint(3, 97, (samples, length), generator=torch.Generator().manual_seed(0))
 with Ranks.join(timeout=60) as ranks:
     model = build_tiny("llama", dtype=torch.float64)
-    report = prune_model(model, pattern="2:4", method="sparsegpt", data=ids, ranks=ranks)
-    assert len(report.layers) == 21
-    torch.save(model.state_dict(), f"{sys.argv[1]}/{ranks.rank}.pt")
+    report = prune_model(
+        model, pattern="2:4", method="sparsegpt", data=ids, ranks=ranks,
+        reconstruct=Reconstruction(passes=passes) if passes else None,
+    )
+    damps = [layer.damp for layer in report.layers]
+    torch.save((model.state_dict(), damps, [block.losses for block in report.blocks]), f"{folder}/{ranks.rank}.pt")
 """
 
 
-def test_two_processes_give_the_result_of_one(tmp_path):
-    (tmp_path / "two.py").write_text(_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run([*command, str(tmp_path / "two.py"), str(tmp_path)], check=True, timeout=300)
+@pytest.mark.parametrize(
+    "samples, length, passes",
+    [(10, 24, 0), (5, 8, 0), (5, 24, 2)],
+    ids=["usual", "few tokens", "reconstruct"],
+)
+@pytest.mark.filterwarnings("ignore:.*fewer than 2 per input")
+def test_two_processes_give_the_result_of_one(tmp_path, samples, length, passes):
+    program = tmp_path / "program.py"
+    program.write_text(_TWO)
+    arguments = [str(tmp_path), str(samples), str(length), str(passes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    subprocess.run([*launcher, str(program), *arguments], check=True, timeout=300)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    model = build_tiny("llama", dtype=torch.float64)
-    prune_model(model, pattern="2:4", method="sparsegpt", data=IDS, options=Options())
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(parts[0][name], parts[1][name])
-        torch.testing.assert_close(parts[0][name], tensor, rtol=1e-3, atol=1e-4)
+    subprocess.run([sys.executable, str(program), *arguments], check=True, timeout=300)
+    whole, damps, losses = torch.load(tmp_path / "0.pt", weights_only=True)
+    for rank, (found, its_damps, its_losses) in enumerate(parts):
+        assert its_damps == damps, rank
+        assert [each is None for each in its_losses] == [each is None for each in losses]
+        for mine, wanted in zip(its_losses, losses, strict=True):
+            assert mine is None or mine == pytest.approx(wanted)
+        for name, tensor in whole.items():
+            assert torch.equal(found[name], parts[0][0][name])
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)

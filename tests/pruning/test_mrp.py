@@ -97,3 +97,13 @@ def test_mask_m_needs_groups(layer):
         prune_weight(weight, gram, pattern="50%", method="mrp", options=Options(variant="MM"))
     with pytest.raises(ValueError, match="variant must be SS, SM, MS or MM"):
         Options(variant="mm")
+
+
+def test_groups_with_too_many_choices_take_the_other_mask(layer):
+    weight, gram = layer(64, rows=8)
+    usual = prune_weight(weight, gram, pattern="16:32", method="mrp")
+    single = prune_weight(weight, gram, pattern="16:32", method="mrp", options=Options(variant="SM"))
+    assert torch.equal(usual, single)
+    assert ((usual != 0).reshape(8, 2, 32).sum(-1) == 16).all()
+    with pytest.raises(ValueError, match=r"16:32 has 601,080,390 of them .* use SM"):
+        prune_weight(weight, gram, pattern="16:32", method="mrp", options=Options(variant="MM"))

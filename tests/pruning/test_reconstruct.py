@@ -45,6 +45,27 @@ def test_other_kinds_of_weights(family):
             assert (linear.weight() == 0).sum() >= linear.weight().numel() // 2 - linear.shape[0]
 
 
+def test_experts_that_were_not_chosen_keep_their_bits():
+    model = build_tiny("olmoe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chosen = "model.layers.0.mlp.experts.gate_up_proj.0"
+    prune_model(
+        model,
+        pattern="50%",
+        method="wanda",
+        data=IDS,
+        include=[chosen],
+        reconstruct=Reconstruction(passes=1, learning_rate=1e-2),
+    )
+    changed = [name for name, each in model.state_dict().items() if not torch.equal(each, before[name])]
+    assert changed == [chosen.rpartition(".")[0]]
+    old, new = before[changed[0]], model.state_dict()[changed[0]]
+    assert torch.equal(new[1:], old[1:])
+    kept = new[0] != 0
+    assert kept.sum() <= kept.numel() // 2
+    assert (new[0][kept] != old[0][kept]).float().mean() > 0.9
+
+
 def _names(report):
     return {layer.name for layer in report.layers}
 

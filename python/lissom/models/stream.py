@@ -101,13 +101,17 @@ class BlockStream:
             int(self._mask.sum()) if self._mask is not None else self.hidden.shape[0] * self.hidden.shape[1]
         )
 
-    def inputs(self, groups: Sequence[str], *, advance: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    def inputs(
+        self, groups: Sequence[str], *, advance: bool = False, shares: Mapping[str, float] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Run the current block batch by batch and show what its linears read.
 
         Args:
             groups: names of groups of the current block (`LinearRef.group`).
             advance: run each batch to its end and keep the outputs: when the iterator is exhausted, the
                 stream stands in front of the next block. Without it a batch ends behind the last tap needed.
+            shares: of routed groups: instead of the tokens that the router sends there, this share of all tokens,
+                evenly spread.
 
         Yields:
             For each batch, group name -> its input tokens [N, C], real tokens only, in token order; valid
@@ -123,20 +127,23 @@ class BlockStream:
         unknown = asked.difference(*taps.values())
         if unknown:
             raise ValueError(f"{block.name} has no group {min(unknown)!r}; it has {', '.join(self.groups())}")
-        return self._inputs({tap: wanted for tap, wanted in taps.items() if wanted}, advance=advance)
+        needed = {tap: wanted for tap, wanted in taps.items() if wanted}
+        return self._inputs(needed, advance=advance, shares=shares or {})
 
     def groups(self) -> list[str]:
         """Names of the groups of the current block, in running order."""
         return [group for tap in self.parts.blocks[self.index].taps for group in tap.groups]
 
     @torch.no_grad()
-    def _inputs(self, taps: dict[Tap, list[str]], *, advance: bool) -> Iterator[dict[str, torch.Tensor]]:
+    def _inputs(
+        self, taps: dict[Tap, list[str]], *, advance: bool, shares: Mapping[str, float]
+    ) -> Iterator[dict[str, torch.Tensor]]:
         complete = not advance
         following = self.hidden
         try:
             for number, (low, high) in enumerate(self._bounds):
                 shown: dict[str, torch.Tensor] = {}
-                out = self._tapped(number, taps, shown, stop=not advance)
+                out = self._tapped(number, taps, shown, stop=not advance, shares=shares)
                 yield shown
                 # Behind the yield: an input may be a view of the hidden states (post-norm blocks).
                 if out is not None:
@@ -154,7 +161,13 @@ class BlockStream:
             self.index += 1
 
     def _tapped(
-        self, number: int, taps: dict[Tap, list[str]], shown: dict[str, torch.Tensor], *, stop: bool
+        self,
+        number: int,
+        taps: dict[Tap, list[str]],
+        shown: dict[str, torch.Tensor],
+        *,
+        stop: bool,
+        shares: Mapping[str, float],
     ) -> torch.Tensor | None:
         """Run one batch with hooks that put what the taps read into `shown`; None when it was cut short."""
         if stop and not taps:
@@ -168,7 +181,7 @@ class BlockStream:
             if wanted[0] in shown:
                 raise RuntimeError(f"{wanted[0]} is called more than once in a forward pass of its block")
             try:
-                shown.update(tap.read(Seen(args, output, count, real), wanted))
+                shown.update(tap.read(Seen(args, output, count, real, shares), wanted))
             except TapError as error:
                 raise RuntimeError(f"{wanted[0]} cannot be calibrated: {error}") from error
             if stop and len(shown) == sum(len(groups) for groups in taps.values()):

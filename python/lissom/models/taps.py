@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,12 +27,14 @@ class Seen:
         output: what it returned; None for a tap that reads before the module runs.
         count: tokens of the batch with its padding, B * T.
         real: bool [B * T], False for padding; None when every token is real.
+        shares: of routed groups: read this share of all tokens, evenly spread, instead of those routed there.
     """
 
     args: tuple[Any, ...]
     output: Any
     count: int
     real: torch.Tensor | None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def tokens(self, states: torch.Tensor) -> torch.Tensor:
         """The real tokens of [B, T, C] or [B * T, C] states, as [N, C].
@@ -113,13 +115,11 @@ class ExpertsTap(Tap):
         shown = {}
         for number, mine in enumerate(rows.split(counts)):
             gate_up, down = self.groups[number], self.groups[experts + number]
-            if not asked.intersection((gate_up, down)):
-                continue
-            routed = tokens[mine]
             if gate_up in asked:
-                shown[gate_up] = routed
+                shown[gate_up] = tokens[_spread(len(tokens), seen.shares.get(gate_up), mine)]
             if down in asked:
-                shown[down] = self._between(number, routed)
+                sent = tokens[_spread(len(tokens), seen.shares.get(down), mine)]
+                shown[down] = self._between(number, sent)
         return shown
 
     def _between(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -129,3 +129,11 @@ class ExpertsTap(Tap):
         bias = module.gate_up_proj_bias[number] if module.has_bias else None
         out: torch.Tensor = module._apply_gate(F.linear(tokens.to(weight.dtype), weight, bias))
         return out
+
+
+def _spread(count: int, share: float | None, routed: torch.Tensor) -> torch.Tensor:
+    """Rows of a share of `count` tokens, evenly spread, at least one; the routed rows where no share is given."""
+    if share is None:
+        return routed
+    steps = (torch.arange(count + 1, dtype=torch.float64) * share).ceil()
+    return (steps[1:] > steps[:-1]).nonzero()[:, 0].to(routed.device)

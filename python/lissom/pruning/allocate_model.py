@@ -110,11 +110,20 @@ def allocate_model(
         return _by_outliers(sums, allocation) if allocation.method == "owl" else _by_budget(sums, allocation)
 
 
-_Sums = Iterator[tuple[str, list[tuple[LinearRef, torch.Tensor]]]]
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer, the mean of x x^T over its inputs in the dense model, and which share of all tokens it reads."""
+
+    linear: LinearRef
+    gram: torch.Tensor
+    share: float
+
+
+_Sums = Iterator[tuple[str, list[_Layer]]]
 
 
 def _sums(selection: Selection, stream: BlockStream) -> _Sums:
-    """Block by block, each layer with the Gram matrix of its inputs in the dense model."""
+    """Block by block, what is known of each layer. Means, because routed experts see tokens in unequal numbers."""
     for step, _ in zip(selection.steps, stream.parts.blocks):
         groups = step.groups()
         grams = {
@@ -128,8 +137,9 @@ def _sums(selection: Selection, stream: BlockStream) -> _Sums:
         for group, refs in groups.items():
             gram = grams.pop(group)
             # An expert that no token reached is judged by its weights alone.
-            matrix = gram.matrix() if gram.tokens else torch.eye(len(gram), device=stream.hidden.device)
-            found += [(ref, matrix) for ref in refs]
+            seen = gram.tokens > 0
+            mean = gram.matrix() / gram.tokens if seen else torch.eye(len(gram), device=stream.hidden.device)
+            found += [_Layer(ref, mean, max(gram.tokens, 1) / stream.tokens) for ref in refs]
         yield step.name, found
 
 
@@ -138,10 +148,12 @@ def _by_budget(sums: _Sums, allocation: Allocation) -> PatternMap:
     shapes: dict[str, tuple[int, int]] = {}
     itemsize, dtype = 0, torch.float32
     for _, layers in sums:
-        for linear, gram in layers:
-            weight = linear.weight()
+        for layer in layers:
+            linear, weight = layer.linear, layer.linear.weight()
             fitting = [option for option in allocation.options if _fits(option, linear.shape)]
-            curves.append(measure_curve(linear.name, weight, gram, fitting))
+            curve = measure_curve(linear.name, weight, layer.gram, fitting)
+            # What an expert loses is lost on its own tokens only.
+            curves.append(curve.scaled(layer.share))
             shapes[linear.name] = linear.shape
             itemsize, dtype = weight.element_size(), weight.dtype
     if allocation.budget_bytes is not None:
@@ -168,7 +180,7 @@ def _by_outliers(sums: _Sums, allocation: Allocation) -> PatternMap:
     sizes: dict[str, int] = {}
     for block, layers in sums:
         if layers:
-            scores = (linear.weight().abs().float() * gram.diagonal().sqrt() for linear, gram in layers)
+            scores = (layer.linear.weight().abs().float() * layer.gram.diagonal().sqrt() for layer in layers)
             ratios[block] = outlier_ratio(scores, threshold=allocation.threshold)
-            sizes[block] = sum(linear.shape[0] * linear.shape[1] for linear, _ in layers)
+            sizes[block] = sum(layer.linear.shape[0] * layer.linear.shape[1] for layer in layers)
     return owl(ratios, 1 - allocation.share, bound=allocation.bound, weights=sizes)

@@ -77,6 +77,17 @@ class LossCurve:
             f"measured are {', '.join(self.losses) or 'none'}"
         )
 
+    def scaled(self, factor: float) -> LossCurve:
+        """The curve with every loss multiplied by a factor.
+
+        Args:
+            factor: not negative.
+
+        Returns:
+            Another curve.
+        """
+        return LossCurve(self.name, {option: factor * loss for option, loss in self.losses.items()})
+
     def _hull(self) -> list[tuple[Fraction, float]]:
         patterns = {Pattern.parse(option): loss for option, loss in self.losses.items() if option != DENSE}
         shares = {pattern.sparsity: loss for pattern, loss in patterns.items() if pattern.group is None}

@@ -18,11 +18,12 @@ _CANDIDATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, pattern: Pattern) -> float:
-    """The damping whose solution for either half of the tokens does best on the other half.
+    """The damping for all tokens, from the one whose solution for either half of them does best on the other.
 
     A Gram matrix of few tokens has directions that are small by chance; a solution that trusts them fits the
     calibration tokens and nothing else. The probe is Wanda's mask with refitted weights: the more a method
-    compensates, the more damping it needs, and all methods end with the refit.
+    compensates, the more damping it needs, and all methods end with the refit. Twice the tokens need less damping
+    than a half, about one candidate less (docs/notes/pruning.md has the figures).
 
     Args:
         weights: matrices [R_i, C] that read the same input.
@@ -31,7 +32,7 @@ def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, patter
         pattern: what is pruned.
 
     Returns:
-        One of 0.01, 0.03, 0.1, 0.3, 1.
+        One of 0.01, 0.03, 0.1, 0.3.
     """
     first = half.matrix(torch.float32)
     second = whole.matrix(torch.float32) - first
@@ -44,4 +45,5 @@ def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, patter
         for damp in _CANDIDATES:
             solved = refit(weight, damped(fitted, damp, whole.name), pruned)
             lost[damp] += relative_error(weight, solved, held_out)
-    return min(lost, key=lambda damp: lost[damp])
+    best = min(range(len(_CANDIDATES)), key=lambda place: lost[_CANDIDATES[place]])
+    return _CANDIDATES[max(best - 1, 0)]

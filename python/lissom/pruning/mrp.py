@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 
 import torch
 
@@ -12,6 +13,47 @@ from .gram import inverse_factor
 from .pattern import Pattern, mark_tile
 from .problem import Problem, Solution
 from .sparsegpt import prune_by_sparsegpt
+
+_MOST_CHOICES = 500  # in a group; mask M tries each of them on every row
+
+
+def choices(pattern: Pattern) -> int | None:
+    """Sets of weights that can go from one group, C(m, n); None for an unstructured pattern.
+
+    Args:
+        pattern: what to prune.
+    """
+    return None if pattern.group is None else comb(pattern.group, pattern.pruned_per_group)
+
+
+def check_variant(pattern: Pattern, variant: str | None) -> str:
+    """The variant asked for, or the usual one: MM where a group has few choices, SM elsewhere.
+
+    Args:
+        pattern: what to prune.
+        variant: as in `Options`.
+
+    Returns:
+        "SS", "SM", "MS" or "MM".
+
+    Raises:
+        ValueError: mask M where there are too many sets to choose from.
+    """
+    sets = choices(pattern)
+    few = sets is not None and sets <= _MOST_CHOICES
+    if variant is None:
+        return "MM" if few else "SM"
+    if variant[0] == "M" and sets is None:
+        raise ValueError(
+            f"mrp variant {variant}: mask M tries every choice in a group of m, pattern {pattern} "
+            "has no groups; use SM"
+        )
+    if variant[0] == "M" and not few:
+        raise ValueError(
+            f"mrp variant {variant}: mask M tries every choice in a group, and {pattern} has {sets:,} of them "
+            f"(at most {_MOST_CHOICES} are tried); use SM"
+        )
+    return variant
 
 
 def prune_by_mrp(problem: Problem) -> Solution:
@@ -30,15 +72,10 @@ def prune_by_mrp(problem: Problem) -> Solution:
         The updated weights, and the mask.
 
     Raises:
-        ValueError: variant M of the mask for an unstructured pattern (a choice among all subsets).
+        ValueError: variant M of the mask for an unstructured pattern, or for groups with too many choices.
     """
     pattern, options = problem.pattern, problem.options
-    variant = options.variant or ("MM" if pattern.group else "SM")
-    if variant[0] == "M" and pattern.group is None:
-        raise ValueError(
-            f"mrp variant {variant}: mask M tries every choice in a group of m, pattern {pattern} "
-            "has no groups; use SM"
-        )
+    variant = check_variant(pattern, options.variant)
     if options.scope == "layer":
         raise ValueError("scope 'layer' needs all scores at once; mrp takes 'row' or 'block'")
     if variant == "SS":

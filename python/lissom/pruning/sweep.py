@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,16 +16,17 @@ from ..models.resident import Resident
 from ..models.spill import Spill
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef, ModelMap
-from .damping import FEW_TOKENS_DAMP, USUAL_DAMP, choose_damp
-from .gram import CrossGram, Gram
-from .parallel import Ranks
+from .collect import Statistics, borrow, halves
+from .damping import USUAL_DAMP
 from .pattern import Pattern
 from .reconstruct import Reconstruction, reconstruct_block
 from .report import BlockProgress, BlockReport, LayerReport
 from .selection import Selection, Step
 from .settings import Settings
-from .solver import Moments, Pruned, prune_group
+from .solver import Pruned, prune_group
 from .state import PruneState, fingerprint
+
+_Inputs = dict[str, torch.Tensor]  # group -> its input tokens [N, C]
 
 
 @dataclass(frozen=True)
@@ -105,32 +105,43 @@ class _Streams:
         self._differ = False
         self.tokens = int(run.settings.ranks.sum_(torch.tensor(self.pruned.tokens)))
 
-    def collect(self, step: Step) -> dict[str, _Statistics]:
+    def collect(self, step: Step) -> dict[str, Statistics]:
         """Statistics of the inputs of a step's layers, by group; the dense stream moves on behind the step."""
+        settings, device = self.run.settings, self.run.resident.device
         found = {
-            group: _Statistics(self.run, linears, self.tokens) for group, linears in step.groups().items()
+            group: Statistics(linears, settings, self.tokens, device)
+            for group, linears in step.groups().items()
         }
         if step.linears and step.linears[0] is self.run.parts.head:
             self._collect_head(next(iter(found.values())))
-        elif self.dense is not None and not self._differ:
-            for shown in self.dense.inputs(list(found), advance=True):
-                for group, tokens in shown.items():
-                    found[group].add(tokens)
-        elif self.dense is not None:
-            both = zip(
-                self.dense.inputs(list(found), advance=True), self.pruned.inputs(list(found)), strict=True
-            )
-            for dense, shown in both:
-                for group, tokens in shown.items():
-                    found[group].add(tokens, dense[group])
         else:
-            for shown in self.pruned.inputs(list(found)):
+            for shown, dense, first in self._shown(list(found)):
                 for group, tokens in shown.items():
-                    found[group].add(tokens)
+                    found[group].add(tokens, None if dense is None else dense[group], first)
         for statistics in found.values():
-            statistics.finish(self.run.settings.ranks)
+            statistics.sum_over(settings.ranks)
+        borrow(found, self.pruned, self.tokens, settings.ranks)
         self._differ = True
         return found
+
+    def _shown(self, groups: list[str]) -> Iterator[tuple[_Inputs, _Inputs | None, torch.Tensor]]:
+        """By batch: what the groups read in the pruned model, in the dense one where that differs, and its halves."""
+        halved = self._halves()
+        if self.dense is None:
+            for shown, first in zip(self.pruned.inputs(groups), halved, strict=True):
+                yield shown, None, first
+        elif not self._differ:
+            for shown, first in zip(self.dense.inputs(groups, advance=True), halved, strict=True):
+                yield shown, None, first
+        else:
+            both = self.dense.inputs(groups, advance=True), self.pruned.inputs(groups)
+            for dense, shown, first in zip(*both, halved, strict=True):
+                yield shown, dense, first
+
+    def _halves(self) -> Iterator[torch.Tensor]:
+        assert self.run.calibration is not None
+        sequences = len(next(iter(self.run.calibration.inputs.values())))
+        return halves(self.pruned, self.run.settings.ranks.shard(sequences).start, sequences)
 
     def skip(self) -> None:
         """Move the dense stream over a block whose pruned weights are known already, before they are written."""
@@ -143,69 +154,16 @@ class _Streams:
         if self.dense is None or step.linears[0] is self.run.parts.head:
             return None
         block = self.run.parts.blocks[self.pruned.index].module
-        return reconstruct_block(block, step.linears, self.pruned, self.dense.hidden, settings)
+        target, ranks = self.dense.hidden, self.run.settings.ranks
+        return reconstruct_block(block, step.linears, self.pruned, target, settings=settings, ranks=ranks)
 
-    def _collect_head(self, statistics: _Statistics) -> None:
+    def _collect_head(self, statistics: Statistics) -> None:
         tail = [self.run.resident.model.get_submodule(name) for name in self.run.parts.tail]
-        for hidden, mask in self.pruned.batches():
+        for (hidden, mask), first in zip(self.pruned.batches(), self._halves(), strict=True):
             for module in tail:
                 hidden = module(hidden)
             tokens = hidden.reshape(-1, hidden.shape[-1])
-            statistics.add(tokens if mask is None else tokens[mask])
-
-
-class _Statistics:
-    """What is known about the input of one group of linears.
-
-    With few tokens (fewer than 2 per input) both halves of the tokens are kept apart, so that a damping can be
-    chosen by how a solution for one half does on the other.
-    """
-
-    def __init__(self, run: Run, linears: Sequence[LinearRef], tokens: int) -> None:
-        first = linears[0]
-        columns, device = first.shape[1], run.resident.device
-        self.gram = Gram(columns, first.group, device=device)
-        self.pool = first.pool
-        self.routed = first.routed
-        self.cross = (
-            CrossGram(columns, device=device) if run.settings.target_blend > 0 and not first.routed else None
-        )
-        self.half: Gram | None = None
-        few = tokens < 2 * columns and not first.routed
-        if few and run.settings.damp is None and run.settings.compensates:
-            self.half = Gram(columns, first.group, device=device)
-        self._crossed = False
-        self._moments: Moments | None = None
-        self.dead = 0  # inputs that were zero on every token; known with the moments
-
-    def add(self, tokens: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        if len(tokens) == 0:
-            return
-        self.gram.add(tokens)
-        if self.half is not None:
-            self.half.add(tokens[: len(tokens) // 2])
-        if self.cross is not None and dense is not None:
-            self.cross.add(dense, tokens)
-            self._crossed = True
-
-    def finish(self, ranks: Ranks) -> None:
-        """Add up what all processes have seen."""
-        self.gram.sum_over(ranks)
-        if self.half is not None:
-            self.half.sum_over(ranks)
-        if self.cross is not None:
-            self.cross.sum_over(ranks)
-
-    def moments(self, run: Run, dtype: torch.dtype) -> Moments:
-        """What the solver wants. The sums give their memory back, unless a damping must be chosen on them."""
-        if self._moments is None:
-            self.dead = int((self.gram.diagonal() == 0).sum())
-            cross = self.cross.matrix(dtype) if self.cross is not None and self._crossed else None
-            self._moments = Moments(self.gram.matrix(dtype), cross, run.settings.target_blend)
-            self.cross = None
-            if self.half is None:
-                self.gram.clear()
-        return self._moments
+            statistics.add(tokens if mask is None else tokens[mask], first=first)
 
 
 def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[BlockReport]]:
@@ -229,7 +187,7 @@ def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[B
         place = run.place(number)
         run.resident.load(*place)
         ahead = streams is not None and number < to_solve[-1]
-        statistics: dict[str, _Statistics] = {}
+        statistics: dict[str, Statistics] = {}
         if streams is not None and number in to_solve:
             statistics = streams.collect(step)
         elif streams is not None and ahead:
@@ -262,11 +220,10 @@ def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[B
 
 
 def _solve_step(
-    run: Run, step: Step, statistics: dict[str, _Statistics]
+    run: Run, step: Step, statistics: dict[str, Statistics]
 ) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
     """Solve every group of a step, each on one process; all of them get all weights."""
     groups = step.groups()
-    _pool(statistics)
     costs = [float(sum(ref.shape[0] for ref in refs) * refs[0].shape[1] ** 2) for refs in groups.values()]
     weights: dict[str, torch.Tensor | None] = {linear.name: None for linear in step.linears}
     reports: list[LayerReport] = []
@@ -293,51 +250,23 @@ def _by_pattern(step: Step, linears: Sequence[LinearRef]) -> list[list[LinearRef
     return list(parts.values())
 
 
-def _pool(statistics: Mapping[str, _Statistics]) -> None:
-    """Fill up groups of a pool (experts of one layer) that saw few tokens with the average token of the pool."""
-    pools: dict[str, list[_Statistics]] = {}
-    for each in statistics.values():
-        if each.pool is not None:
-            pools.setdefault(each.pool, []).append(each)
-    for pool, members in pools.items():
-        short = [each for each in members if each.gram.tokens < 2 * len(each.gram)]
-        if not short:
-            continue
-        whole = Gram(len(members[0].gram), pool)
-        for each in members:
-            whole.merge(each.gram)
-        if whole.tokens == 0:
-            continue  # the solve says so
-        warnings.warn(
-            f"{pool}: {len(short)} of {len(members)} experts saw fewer than 2 tokens per input; statistics of "
-            "the layer's other experts fill them up",
-            stacklevel=2,
-        )
-        for each in short:
-            missing = 2 * len(each.gram) - each.gram.tokens
-            each.gram.merge(whole, min(1.0, missing / whole.tokens))
-
-
 def _solve_group(
-    run: Run, pattern: Pattern, linears: Sequence[LinearRef], statistics: _Statistics | None
+    run: Run, pattern: Pattern, linears: Sequence[LinearRef], statistics: Statistics | None
 ) -> Iterator[tuple[LinearRef, Pruned, LayerReport]]:
     """Prune linears that share input and pattern; their results and reports."""
     began = time.perf_counter()
     originals = [linear.weight() for linear in linears]
     dtype = torch.float64 if originals[0].dtype == torch.float64 else torch.float32
-    moments, damp, dead, method = None, USUAL_DAMP, 0, run.settings.method
-    if statistics is not None and statistics.gram.tokens == 0:
-        warnings.warn(f"{linears[0].group} saw no calibration token; pruned by magnitude", stacklevel=2)
-        method = "magnitude"
-    elif statistics is not None:
-        moments = statistics.moments(run, dtype)
+    moments, damp, dead = None, USUAL_DAMP, 0
+    if statistics is not None:
+        moments = statistics.moments(dtype)
         dead = statistics.dead
-        damp = _damping(run, pattern, originals, statistics)
+        damp = statistics.damping(pattern, originals)
     solved = prune_group(
         originals,
         moments,
         pattern=pattern,
-        method=method,
+        method=run.settings.method,
         damp=damp,
         options=run.settings.options,
         name=linears[0].group,
@@ -359,23 +288,6 @@ def _solve_group(
                 damp=damp if moments is not None else None,
             ),
         )
-
-
-def _damping(run: Run, pattern: Pattern, weights: Sequence[torch.Tensor], statistics: _Statistics) -> float:
-    """The damping asked for, or the one that suits the number of tokens."""
-    gram = statistics.gram
-    asked = run.settings.damp
-    if not run.settings.compensates or gram.tokens >= 2 * len(gram):
-        return USUAL_DAMP if asked is None else asked
-    few = f"{gram.name}: {gram.tokens} calibration tokens for {len(gram)} inputs (fewer than 2 per input)"
-    if asked is not None:
-        warnings.warn(f"{few}; more tokens, or damp=None, would generalise better", stacklevel=2)
-        return asked
-    damp = FEW_TOKENS_DAMP
-    if statistics.half is not None and statistics.half.tokens:
-        damp = choose_damp(weights, gram, statistics.half, pattern)
-    warnings.warn(f"{few}; damp {damp:g} does best on held-out tokens", stacklevel=2)
-    return damp
 
 
 def _progress(
