@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 import pytest
 import torch
 
+import lissom
 from lissom.models.tiny import build_tiny
 from lissom.pruning import prune_model
 
@@ -88,6 +91,60 @@ def test_state_of_another_run_is_refused(tmp_path, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         prune_model(model, state_dir=tmp_path, resume=True, **{**ARGUMENTS, **change})
     _assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize(
+    "resume, kind, sentence",
+    [
+        (False, FileExistsError, "holds the state of an earlier run"),
+        (True, ValueError, "block-00000.safetensors is there, but not prune.json.*remove the folder"),
+    ],
+)
+def test_blocks_without_a_head_are_not_trusted(tmp_path, resume, kind, sentence):
+    prune_model(_model(), state_dir=tmp_path, **ARGUMENTS)
+    (tmp_path / "prune.json").unlink()
+    with pytest.raises(kind, match=sentence):
+        prune_model(_model(), state_dir=tmp_path, resume=resume, **{**ARGUMENTS, "pattern": "75%"})
+
+
+def test_state_of_another_version_is_refused(tmp_path, monkeypatch):
+    prune_model(_model(), state_dir=tmp_path, **ARGUMENTS)
+    version = lissom.__version__
+    monkeypatch.setattr(lissom, "__version__", "99.0")
+    sentence = f"the version of lissom changed .was {re.escape(version)}, is 99.0"
+    with pytest.raises(ValueError, match=sentence):
+        prune_model(_model(), state_dir=tmp_path, resume=True, **ARGUMENTS)
+
+
+def test_a_block_of_another_run_is_refused(tmp_path):
+    for name, pattern in (("one", "2:4"), ("other", "1:4")):
+        prune_model(_model(), state_dir=tmp_path / name, **{**ARGUMENTS, "pattern": pattern})
+    shutil.copy(tmp_path / "other" / "block-00002.safetensors", tmp_path / "one")
+    with pytest.raises(
+        ValueError, match=r"block-00002.safetensors is of another run than .*prune.json: remove"
+    ):
+        prune_model(_model(), state_dir=tmp_path / "one", resume=True, **ARGUMENTS)
+
+
+@pytest.mark.parametrize("size", [0, 5, 2000])
+def test_a_truncated_block_is_named_and_can_be_removed(tmp_path, expected, size):
+    prune_model(_model(), state_dir=tmp_path, **ARGUMENTS)
+    block = tmp_path / "block-00003.safetensors"
+    os.truncate(block, size)
+    with pytest.raises(ValueError, match=r"block-00003.safetensors is damaged .*: remove it"):
+        prune_model(_model(), state_dir=tmp_path, resume=True, **ARGUMENTS)
+    block.unlink()
+    model, seen = _model(), []
+    prune_model(model, state_dir=tmp_path, resume=True, on_progress=seen.append, **ARGUMENTS)
+    _assert_same_bits(model, expected)
+    assert [progress.resumed for progress in seen].index(False) == 3
+
+
+def test_a_damaged_head_is_named(tmp_path):
+    prune_model(_model(), state_dir=tmp_path, **ARGUMENTS)
+    (tmp_path / "prune.json").write_text("{")
+    with pytest.raises(ValueError, match=r"prune.json is damaged"):
+        prune_model(_model(), state_dir=tmp_path, resume=True, **ARGUMENTS)
 
 
 def test_other_number_of_threads_is_told(tmp_path):
