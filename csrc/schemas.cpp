@@ -27,6 +27,8 @@ TORCH_LIBRARY(lissom, m) {
       "sparse24_linear_int8(Tensor x, Tensor scale_x, Tensor packed, Tensor scale_w, SymInt N, SymInt K,"
       " Tensor? bias=None, str act=\"none\", Tensor? residual=None, *, ScalarType? out_dtype=None) -> "
       "Tensor");
+  // Symmetric int8 of each row: x / scale to nearest even, scale = largest magnitude / 127.
+  m.def("sparse24_quantize_rows(Tensor x) -> (Tensor q, Tensor scale)");
   // sparse24_linear from the canonical form, for training: differentiable in values.
   m.def("sparse24_linear_values(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor");
   // dx [..., K] = dy [..., N] W: dense speed, blocks of W at a time.

@@ -135,6 +135,15 @@ LISSOM_INLINE vu vu_high_bytes(vu a) {
 LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) {
   return vu_add(sum, {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)});
 }
+LISSOM_INLINE void vu_store_low_bytes(int8_t* p, vu a) {
+  const __m256i places =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i lo = _mm256_shuffle_epi8(a.lo, places), hi = _mm256_shuffle_epi8(a.hi, places);
+  const __m256i fours = _mm256_unpacklo_epi32(lo, hi);  // dwords: lanes 0-3 and 8-11, then 4-7 and 12-15
+  const __m128i low = _mm256_castsi256_si128(fours), high = _mm256_extracti128_si256(fours, 1);
+  const __m128i all = _mm_unpacklo_epi32(low, high);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), all);
+}
 LISSOM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace lissom::simd_avx2

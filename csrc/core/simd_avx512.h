@@ -90,6 +90,9 @@ LISSOM_INLINE vu vu_high_bytes(vu a) {
   return widen_bytes(a, _mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
 }
 LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) { return vu_add(sum, _mm512_madd_epi16(a, b)); }
+LISSOM_INLINE void vu_store_low_bytes(int8_t* p, vu a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
 LISSOM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace lissom::simd_avx512

@@ -106,6 +106,10 @@ LISSOM_INLINE vu vu_madd(vu sum, vu a, vu b) {
     sum[i] += static_cast<uint32_t>(p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1]);
   return sum;
 }
+// The low byte of every lane, 16 bytes.
+LISSOM_INLINE void vu_store_low_bytes(int8_t* p, vu a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a[i]);
+}
 LISSOM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace lissom::simd_portable

@@ -39,12 +39,23 @@ struct Path {
   void (*run)(const Linear&, const void* packed_x, int64_t panel_begin, int64_t panel_end, void* scratch);
 };
 
+// Symmetric int8 of rows, as lissom.ops.quantize_rows defines it.
+struct Rows {
+  int64_t m, k;
+  const void* x;  // [m, k], row stride ldx
+  int64_t ldx;
+  DType dtype;
+  int8_t* q;     // [m, k]
+  float* scale;  // [m]
+};
+
 // Null where a tier has no such path for the type.
 struct Kernels {
   const Path* permuted[kTypeCount];  // activations permuted to the kept values; indexed by DType
   const Path* lanes[kTypeCount];     // lanes over tokens; not int8
   const Path* dot[kTypeCount];       // permuted, with a dot instruction: bf16, int8
   const Path* tiles[kTypeCount];     // records expanded into AMX tiles: bf16, int8
+  void (*quantize)(const Rows&, int64_t begin, int64_t end);
 };
 const Kernels& kernels(CpuIsa isa);
 

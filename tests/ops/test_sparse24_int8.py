@@ -363,11 +363,19 @@ def test_largest_of_a_quad(isa):
 # --- quantisation
 
 
-@pytest.mark.parametrize("dtype", twin.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7,), (3, 40), (2, 3, 36), (0, 4), (3, 0)])
-def test_quantize_rows_is_its_definition(shape, dtype):
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By the kernel, which must agree with the twin bit for bit."""
+    found, twins = ops.quantize_rows(x), twin_int8.quantize_rows(x)
+    for ours, theirs in zip(found, twins, strict=True):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+        assert torch.equal(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 40), (2, 3, 36), (0, 4), (3, 0), (5, 1), (70, 15), (4, 1031)])
+def test_quantize_rows_is_its_definition(isa, shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
-    q, scale = ops.quantize_rows(x)
+    q, scale = quantized(x)
     assert (q.dtype, q.shape, scale.dtype, scale.shape) == (torch.int8, x.shape, torch.float32, x.shape[:-1])
     if x.numel():
         largest = x.float().abs().amax(-1)
@@ -377,30 +385,45 @@ def test_quantize_rows_is_its_definition(shape, dtype):
         assert ((q.float() * scale[..., None] - x.float()).abs() <= 0.501 * scale[..., None]).all()
 
 
-def test_quantize_rows_halves_go_to_even():
+def test_quantize_rows_of_any_layout(isa):
+    wide = torch.randn(9, 100, generator=torch.Generator().manual_seed(7))
+    for x in (
+        wide[:, 3:40],
+        wide.t(),
+        wide[:1].expand(5, 100),
+        wide[::2, 1::3],
+        wide.view(3, 3, 100).transpose(0, 1),
+    ):
+        q, scale = quantized(x)
+        assert q.is_contiguous()
+        assert torch.equal(q, ops.quantize_rows(x.contiguous())[0])
+        assert torch.equal(scale, ops.quantize_rows(x.contiguous())[1])
+
+
+def test_quantize_rows_halves_go_to_even(isa):
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 127.0])
-    assert ops.quantize_rows(x)[0].tolist() == [0, 2, 2, 0, -2, 127]
+    assert quantized(x)[0].tolist() == [0, 2, 2, 0, -2, 127]
 
 
 @pytest.mark.parametrize("largest", [0.0, -0.0, 1e-45, 1e-38, 1.4e-36])
-def test_quantize_rows_of_almost_nothing(largest):
-    q, scale = ops.quantize_rows(torch.tensor([[largest, 0.0], [1.0, 0.5]]))
+def test_quantize_rows_of_almost_nothing(isa, largest):
+    q, scale = quantized(torch.tensor([[largest, 0.0], [1.0, 0.5]]))
     assert q.tolist() == [[0, 0], [127, 64]]
     assert scale[0] == 1
 
 
 @pytest.mark.parametrize("largest", [1.6e-36, 1e-30, 1.0, 3.4028234e38])
-def test_quantize_rows_at_the_ends_of_the_range(largest):
-    q, scale = ops.quantize_rows(torch.tensor([[largest, -largest, largest / 4, 0.0]]))
+def test_quantize_rows_at_the_ends_of_the_range(isa, largest):
+    q, scale = quantized(torch.tensor([[largest, -largest, largest / 4, 0.0]]))
     assert q.tolist() == [[127, -127, 32, 0]]
     assert scale.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_quantize_rows_marks_what_is_not_finite(bad):
+def test_quantize_rows_marks_what_is_not_finite(isa, bad):
     x = torch.ones(3, 8)
     x[1, 5] = bad
-    q, scale = ops.quantize_rows(x)
+    q, scale = quantized(x)
     assert scale.isnan().tolist() == [False, True, False]
     assert q[1].tolist() == [0] * 8
     w, scale_w = ops.quantize_rows(torch.eye(16, 8))

@@ -159,14 +159,23 @@ def test_forged_bytes_give_numbers_and_no_fault(isa):
         assert y.shape == (m, 37)
 
 
-@pytest.mark.parametrize("case", [torch.int32, torch.float64, torch.int8])
-def test_quantize_rows_refuses(case):
-    with pytest.raises(
-        TypeError, match=r"quantize_rows: x must be float32, bfloat16 or float16; got torch\."
-    ):
-        ops.quantize_rows(torch.ones(2, 4).to(case))
-    with pytest.raises(ValueError, match=r"quantize_rows: x must be \[..., K\]; got \[\]"):
-        ops.quantize_rows(torch.ones(()))
+@pytest.mark.parametrize("quantize", [ops.quantize_rows, twin_int8.quantize_rows], ids=["kernel", "twin"])
+def test_quantize_rows_refuses(quantize):
+    for device in ("cpu", "meta"):
+        for dtype in (torch.int32, torch.float64, torch.int8):
+            with pytest.raises(
+                TypeError, match=r"quantize_rows: x must be float32, bfloat16 or float16; got "
+            ):
+                quantize(torch.ones(2, 4, dtype=dtype, device=device))
+        with pytest.raises(ValueError, match=r"quantize_rows: x must be \[..., K\]; got \[\]"):
+            quantize(torch.ones((), device=device))
+
+
+def test_rounding_has_no_gradient():
+    q, scale = ops.quantize_rows(torch.randn(3, 8, requires_grad=True))
+    assert not q.requires_grad
+    with pytest.raises(RuntimeError, match="sparse24_quantize_rows: rounding has no gradient"):
+        scale.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["scale_x", "scale_w", "bias", "residual"])
@@ -216,10 +225,11 @@ def test_fake_result_is_like_the_real_one(index):
         assert (other.shape, other.dtype, other.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@pytest.mark.parametrize("name", ["compress", "decompress", "check", "pack", "unpack"])
+@pytest.mark.parametrize("name", ["quantize_rows", "compress", "decompress", "check", "pack", "unpack"])
 def test_opcheck_of_the_forms(name):
     operator = getattr(torch.ops.lissom, f"sparse24_{name}").default
     cases = {
+        "quantize_rows": [((RESIDUAL,), {}), ((RESIDUAL.half()[0],), {}), ((RESIDUAL.t()[:0],), {})],
         "compress": [((W,), {}), ((draw(N, K),), {"pattern": "magnitude"})],
         "decompress": [((VALUES, META, K), {})],
         "check": [((W,), {})],

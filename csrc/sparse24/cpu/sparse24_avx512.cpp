@@ -19,6 +19,7 @@ constexpr int64_t kPrefetchAhead = 2048;  // bytes
 #include "sparse24/cpu/sparse24_tiling.inc"
 #include "sparse24/cpu/sparse24_kernels.inc"
 #include "sparse24/cpu/sparse24_int8.inc"
+#include "sparse24/cpu/sparse24_quantize.inc"
 // clang-format on
 
 }  // namespace
@@ -29,6 +30,7 @@ const Kernels kKernels = {
      &permuted_int8::kPath},
     {&lanes::kPath<DType::f32>, &lanes::kPath<DType::bf16>, &lanes::kPath<DType::f16>, nullptr},
     {},
-    {}};
+    {},
+    quantize::rows};
 
 }  // namespace lissom::sparse24::avx512

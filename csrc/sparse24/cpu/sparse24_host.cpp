@@ -314,6 +314,27 @@ Tensor linear_int8(const Tensor& x, const Tensor& scale_x, const Tensor& packed,
   return product(x, packed, n, k, terms, chosen, t, out, {padded(scale_w, n), scale_x.contiguous()});
 }
 
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
+  const DType t = element_type("sparse24_quantize_rows", x, "x");
+  LISSOM_CHECK_VALUE("sparse24_quantize_rows", x.dim() >= 1, "x must be [..., K]; got ", shape_of(x));
+  const int64_t m = leading(x), k = x.size(-1);
+  const Tensor flat = rows_of(x, m, k);
+  const auto plain = x.options().requires_grad(false);
+  Tensor q = at::empty(x.sizes(), plain.dtype(at::kChar));
+  Tensor scale = at::empty(x.sizes().slice(0, x.dim() - 1), plain.dtype(at::kFloat));
+  const Rows rows = {m,
+                     k,
+                     flat.const_data_ptr(),
+                     flat.stride(0),
+                     t,
+                     static_cast<int8_t*>(q.mutable_data_ptr()),
+                     static_cast<float*>(scale.mutable_data_ptr())};
+  const auto quantize = kernels(cpu_isa()).quantize;
+  parallel(m, std::max<int64_t>(1, kLeastWork / std::max<int64_t>(k, 1) / 8),
+           [&](int64_t b, int64_t e) { quantize(rows, b, e); });
+  return {q, scale};
+}
+
 Tensor linear_values(const Tensor& x, const Tensor& values, const Tensor& meta,
                      const c10::optional<Tensor>& bias) {
   element_type("sparse24_linear_values", values, "values");
@@ -382,6 +403,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, m) {
   m.impl("sparse24_linear", linear);
   m.impl("sparse24_linear_int8", linear_int8);
   m.impl("sparse24_linear_values", linear_values);
+  m.impl("sparse24_quantize_rows", quantize_rows);
   m.impl("sparse24_grad_input", grad_input);
   m.impl("sparse24_mask_mm", mask_mm);
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators on 2:4 sparse weights: y = act(x W^T + bias) + residual, W [N, K] with at most two non-zeros in every
-aligned group of four columns (a quad). Both forms of W are drawn in csrc/sparse24/layout.h.
+aligned group of four columns (a quad). Both forms of W are drawn in csrc/sparse24/layout.h. The product in int8,
+`sparse24_linear_int8`, and `sparse24_quantize_rows` are in sparse24_int8.py.
 """
 
 from __future__ import annotations

@@ -36,18 +36,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> q.tolist(), scale.tolist()
     ([[25, -127], [0, 0]], [0.019999999552965164, 1.0])
     """
-    if x.dtype not in twin.DTYPES:
-        raise TypeError(f"lissom.ops.quantize_rows: x must be float32, bfloat16 or float16; got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError(f"lissom.ops.quantize_rows: x must be [..., K]; got {list(x.shape)}")
-    wide = x.detach().float()
-    if x.shape[-1] == 0:
-        return torch.empty_like(wide, dtype=torch.int8), wide.new_ones(x.shape[:-1])
-    largest = torch.linalg.vector_norm(wide, float("inf"), dim=-1)
-    scale = largest / 127
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return (wide / scale.unsqueeze(-1)).round_().nan_to_num_(0.0).to(torch.int8), scale
+    return _ops.sparse24_quantize_rows(x)
 
 
 def sparse24_linear_int8(
@@ -114,6 +103,12 @@ def _(
     return x.new_empty(*x.shape[:-1], N, dtype=out)
 
 
+@torch.library.register_fake("lissom::sparse24_quantize_rows")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    twin_int8.check_rows(x)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 def _refuse_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise RuntimeError(
         "lissom::sparse24_linear_int8: not differentiable: detach scale_x, scale_w, bias and residual, or train with "
@@ -121,5 +116,11 @@ def _refuse_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _refuse_backward_of_rounding(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("lissom::sparse24_quantize_rows: rounding has no gradient; pass x.detach()")
+
+
 sparse24._library.impl("sparse24_linear_int8", twin_int8.linear_int8, "CompositeExplicitAutograd")
+sparse24._library.impl("sparse24_quantize_rows", twin_int8.quantize_rows, "CompositeExplicitAutograd")
 torch.library.register_autograd("lissom::sparse24_linear_int8", _refuse_backward)
+torch.library.register_autograd("lissom::sparse24_quantize_rows", _refuse_backward_of_rounding)

@@ -2,6 +2,7 @@
 """Torch twins of the sparse24 operators; the layout is drawn in csrc/sparse24/layout.h.
 
 Registered for every device that has no kernel of its own. Values are moved as they are, products accumulate in float32.
+int8 (`sparse24_linear_int8`, `sparse24_quantize_rows`) has its products in sparse24_int8.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch twin of `sparse24_linear_int8`. Sums are exact on any device: partial sums in float32 as long as those are."""
+"""Torch twins of `sparse24_linear_int8` and `sparse24_quantize_rows`. Sums are exact on any device: made in parts that
+float32 holds exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,29 @@ from lissom.reference import sparse24 as twin
 
 OP = "sparse24_linear_int8"
 _EXACT_COLUMNS = 2048  # 1024 products of at most 2^14: every partial sum is an integer up to 2^24
+
+
+def check_rows(x: Tensor) -> None:
+    """What `sparse24_quantize_rows` rejects."""
+    op = "lissom::sparse24_quantize_rows"
+    if x.dtype not in twin.DTYPES:
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16; got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must be [..., K]; got {list(x.shape)}")
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of `sparse24_quantize_rows`."""
+    check_rows(x)
+    wide = x.float()
+    if x.shape[-1] == 0:
+        return torch.empty_like(wide, dtype=torch.int8), wide.new_ones(x.shape[:-1])
+    largest = torch.linalg.vector_norm(wide, float("inf"), dim=-1)
+    scale = largest / 127
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    q = (wide / scale.unsqueeze(-1)).round_().nan_to_num_(0.0).to(torch.int8)
+    return q.contiguous(), scale.contiguous()
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
