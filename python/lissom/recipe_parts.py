@@ -125,6 +125,7 @@ class PruneStep(Strict):
     include: list[str] | None = None
     exclude: list[str] | None = None
     strict: bool = True
+    preserve_mask: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -114,7 +114,8 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
 
 def _settings(recipe: Recipe, step: recipes.PruneStep) -> dict[str, Any]:
     """Fields of `lissom.pruning.Settings` that a recipe decides."""
-    given = step.model_dump(include={"pattern", "method", "damp", "blend", "include", "exclude", "strict"})
+    same = {"pattern", "method", "damp", "blend", "include", "exclude", "strict", "preserve_mask"}
+    given = step.model_dump(include=same)
     if step.permute is not None:
         given["permute"] = step.permute
     if recipe.data is not None:

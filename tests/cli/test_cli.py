@@ -45,8 +45,9 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(command, tiny_model, few, 
     out = tmp_path / "out"
     plan = command("prune", tiny_model, "-o", out, *few, "--dry-run", "--json").json
     assert build_recipe(plan["recipe"]).to_dict() == plan["recipe"]
-    usual = {"method": "alps", "refit": True, "blocksize": 128, "act_order": False, "strict": True}
-    assert plan["recipe"]["steps"] == [{"prune": {"pattern": "2:4", **usual}}]
+    usual = {"method": "alps", "refit": True, "blocksize": 128, "act_order": False}
+    step = {"pattern": "2:4", **usual, "strict": True, "preserve_mask": False}
+    assert plan["recipe"]["steps"] == [{"prune": step}]
     assert len(plan["steps"][0]["touched"]) == 28
     assert plan["peak_bytes"] > 3_900_000
     assert plan["estimated_seconds"] > 0

@@ -262,9 +262,9 @@ def test_tiles_are_the_parts_of_a_mark():
 def test_masks_that_cannot_be_preserved():
     half = torch.tensor([[True, True, False, False, True, True, True, False]])
     check_frozen(half, Pattern.parse("75%"), (1, 8), name="layer")
-    check_frozen(half, Pattern.parse("62.5%"), (1, 8), name="layer", exact=True)
-    check_frozen(half, Pattern.parse("1:4"), (1, 8), name="layer", exact=True)
-    check_frozen(half, Pattern.parse("2:4+75%"), (1, 8), name="layer", exact=True)
+    check_frozen(half, Pattern.parse("62.5%"), (1, 8), name="layer")
+    check_frozen(half, Pattern.parse("1:4"), (1, 8), name="layer")
+    check_frozen(half, Pattern.parse("2:4+75%"), (1, 8), name="layer")
     with pytest.raises(ValueError, match=r"layer: 5 of 8 weights \(62.5 %\) are pruned already.*50%"):
         check_frozen(half, Pattern.parse("50%"), (1, 8), name="layer")
     with pytest.raises(ValueError, match=r"layer: the mask to preserve must be a bool tensor \[8, 1\]"):
@@ -273,8 +273,6 @@ def test_masks_that_cannot_be_preserved():
         check_frozen(half.float(), Pattern.parse("75%"), (1, 8), name="layer")
     uneven = torch.tensor([[True, True, True, False, False, False, False, False]])
     check_frozen(uneven, Pattern.parse("2:4"), (1, 8), name="layer")
-    with pytest.raises(ValueError, match="layer: 1 groups of 4 have more zeros already than exactly 2:4"):
-        check_frozen(uneven, Pattern.parse("2:4"), (1, 8), name="layer", exact=True)
 
 
 def test_transposable_masks_that_cannot_be_completed():
@@ -283,6 +281,3 @@ def test_transposable_masks_that_cannot_be_completed():
     frozen = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
     plain = mark(frozen.float(), Pattern.parse("2:4t"), scope="row", rows=(4,), block=4, frozen=frozen)
     assert (plain & frozen).equal(frozen)
-    check_frozen(frozen, Pattern.parse("2:4"), (4, 4), name="layer", exact=True)
-    with pytest.raises(ValueError, match="more zeros already than exactly 2:4t"):
-        check_frozen(frozen, Pattern.parse("2:4t"), (4, 4), name="layer", exact=True)

@@ -103,3 +103,31 @@ def test_unused_dense_stream_is_not_made(monkeypatch):
     assert len(made) == 1
     prune_model(build_tiny("llama"), pattern="2:4", data=IDS)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "mrp", "alps"])
+def test_a_mask_that_is_there_stays_and_counts(method):
+    model = build_tiny("llama")
+    prune_model(model, pattern="25%", method="wanda", data=IDS, options=Options(scope="row"))
+    zeros = {name: tensor == 0 for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+    data = None if method == "magnitude" else IDS
+    options = Options(scope=None if method in ("magnitude", "sparsegpt", "mrp") else "row")
+    report = prune_model(model, pattern="50%", method=method, data=data, preserve_mask=True, options=options)
+    for layer in report.layers:
+        weight = model.get_submodule(layer.name).weight
+        assert not weight[zeros[f"{layer.name}.weight"]].any()
+        assert layer.sparsity == 0.5
+        assert (weight == 0).float().mean() >= 0.5
+
+
+def test_uneven_masks_say_so_and_too_many_zeros_are_refused():
+    model = build_tiny("llama")
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).weight.data[:8] = 0
+    with pytest.warns(UserWarning, match=rf"{name}: 6\d\.\d% are pruned where 50% was asked for"):
+        prune_model(model, pattern="50%", method="wanda", data=IDS, include=[name], preserve_mask=True)
+    assert not model.get_submodule(name).weight[:8].any()
+    with pytest.raises(ValueError, match="are pruned already and stay so, but pattern 25% prunes only 25%"):
+        prune_model(model, pattern="25%", method="wanda", data=IDS, include=[name], preserve_mask=True)
+    with pytest.raises(ValueError, match="preserve_mask keeps zeros where they are, permute moves channels"):
+        prune_model(model, pattern="2:4", data=IDS, preserve_mask=True, permute=True)

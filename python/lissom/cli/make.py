@@ -37,6 +37,7 @@ def prune(
     exclude: options.Exclude = None,
     damp: options.Damp = None,
     lenient: options.Lenient = False,
+    preserve_mask: options.PreserveMask = False,
     form: options.Form = "packed",
     eval_text: options.Text = None,
     windows: options.Windows = 8,
@@ -53,16 +54,11 @@ def prune(
 ) -> None:
     """Set weights to zero, save the model, and report size, speed and quality."""
     calibration = {"source": data, "field": field, "samples": samples, "seq_len": seq_len, "seed": seed}
-    training = {"passes": reconstruct, "learning_rate": reconstruct_lr}
-    which = {"include": include, "exclude": exclude, "strict": not lenient}
+    training = {"passes": reconstruct, "learning_rate": reconstruct_lr} if reconstruct else None
+    which = {"include": include, "exclude": exclude, "strict": not lenient, "preserve_mask": preserve_mask}
     how = {"method": method, "variant": variant, "damp": damp, "blend": blend, "permute": permute}
-    step = {
-        "pattern": options.patterns(pattern, pattern_for),
-        "refit": options.REFITS[refit],
-        "reconstruct": training if reconstruct else None,
-        **how,
-        **which,
-    }
+    patterns = options.patterns(pattern, pattern_for)
+    step = {"pattern": patterns, "refit": options.REFITS[refit], "reconstruct": training, **how, **which}
     values = {
         "model": model,
         "dtype": dtype,

@@ -99,6 +99,9 @@ Damp = Annotated[
 Lenient = Annotated[
     bool, typer.Option("--lenient", help="Leave layers that cannot be pruned instead of stopping.")
 ]
+PreserveMask = Annotated[
+    bool, typer.Option("--preserve-mask", help="Weights that are zero already stay so, and count.")
+]
 Form = Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")]

@@ -308,27 +308,19 @@ def mark_tile(
     return torch.cat(parts)
 
 
-def check_frozen(
-    frozen: torch.Tensor,
-    pattern: Pattern,
-    shape: tuple[int, int],
-    *,
-    name: str,
-    exact: bool = False,
-) -> None:
+def check_frozen(frozen: torch.Tensor, pattern: Pattern, shape: tuple[int, int], *, name: str) -> None:
     """Refuse a mask of one layer that a pattern cannot be built upon.
+
+    A group of an n:m pattern, or a row, that has more zeros already than its share keeps them all.
 
     Args:
         frozen: bool [R, C], True where a weight is pruned already.
         pattern: what to prune; its share counts the frozen entries.
         shape: (R, C) of the layer.
         name: of the layer, for the message.
-        exact: an n:m pattern must end with exactly n kept weights in every group; otherwise a group that has
-            more zeros already keeps them.
 
     Raises:
-        ValueError: another shape or type, more pruned already than the pattern prunes, or (exact) a group
-            with too many zeros.
+        ValueError: another shape or type, or more pruned already than the pattern prunes.
     """
     if tuple(frozen.shape) != tuple(shape) or frozen.dtype != torch.bool:
         raise ValueError(
@@ -336,23 +328,8 @@ def check_frozen(
             f"got {list(frozen.shape)} {frozen.dtype}"
         )
     present, total = int(frozen.sum()), frozen.numel()
-    if exact and pattern.group is not None and not pattern.raised:
-        marks = mark_groups(torch.zeros(shape, device=frozen.device), pattern, frozen=frozen)
-        over = _over_full(marks, pattern)
-        if over:
-            raise ValueError(
-                f"{name}: {over} groups of {pattern.group} have more zeros already than exactly "
-                f"{pattern} allows; preserve the mask with exact=False, or prune without preserving it"
-            )
     if present > pattern.sparsity * total:
         raise ValueError(
             f"{name}: {present} of {total} weights ({100 * present / total:.4g} %) are pruned already and "
             f"stay so, but pattern {pattern} prunes only {_percent(pattern.sparsity)}; ask for a higher share"
         )
-
-
-def _over_full(marks: torch.Tensor, pattern: Pattern) -> int:
-    """Groups along the inputs (and, if transposable, the outputs) with more than m - n marks."""
-    sides = [marks, marks.t()] if pattern.transposable else [marks]
-    counts = [side.reshape(-1, pattern.group or 1).sum(-1) for side in sides]
-    return sum(int((count > pattern.pruned_per_group).sum()) for count in counts)

@@ -34,6 +34,8 @@ class Settings:
             Only magnitude can do without.
         include, exclude: module names or `re:<regex>`; exclude wins. Naming the output layer includes it.
         strict: raise for a chosen layer that cannot be pruned instead of leaving it.
+        preserve_mask: weights that are exactly zero stay so and count towards the pattern: more is pruned around a
+            mask that is there already.
         damp: share of mean(diag(H)) added to H; None: 0.01, or what does best on held-out tokens for a layer
             with fewer than 2 C tokens.
         blend: weight of the dense model's outputs in every layer's target, 0 to 1; the rest is the layer's own
@@ -62,6 +64,7 @@ class Settings:
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     strict: bool = True
+    preserve_mask: bool = False
     damp: float | None = None
     blend: float | None = None
     permute: bool = False
@@ -82,6 +85,8 @@ class Settings:
             raise ValueError(f"blend must lie in [0, 1], got {self.blend!r}; {USUAL_BLEND} is usual")
         if self.data is None and self.method != "magnitude":
             raise ValueError(f"method {self.method!r} needs calibration data; got data=None")
+        if self.preserve_mask and self.permute:
+            raise ValueError("preserve_mask keeps zeros where they are, permute moves channels: choose one")
         if self.resume and self.state_dir is None:
             raise ValueError("resume=True needs state_dir, the folder of the run to go on with")
 

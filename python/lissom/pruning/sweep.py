@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class Run:
             "damp": settings.damp,
             "blend": settings.target_blend,
             "permute": settings.permute,
+            "preserve_mask": settings.preserve_mask,
             **asdict(settings.options),
             "reconstruct": asdict(settings.reconstruct) if settings.reconstruct else None,
             "batch": settings.batch,
@@ -269,11 +271,19 @@ def _solve_group(
         method=run.settings.method,
         damp=damp,
         options=run.settings.options,
+        preserve=torch.cat([each == 0 for each in originals]) if run.settings.preserve_mask else None,
         name=linears[0].group,
     )
     seconds = time.perf_counter() - began
     rows = sum(linear.shape[0] for linear in linears)
     for linear, result in zip(linears, solved, strict=True):
+        sparsity = result.mask.sum().item() / result.mask.numel()
+        if run.settings.preserve_mask and sparsity > pattern.sparsity:
+            warnings.warn(
+                f"{linear.name}: {sparsity:.1%} are pruned where {pattern} was asked for: the zeros that were there "
+                "already lie unevenly",
+                stacklevel=2,
+            )
         yield (
             linear,
             result,
@@ -281,7 +291,7 @@ def _solve_group(
                 name=linear.name,
                 shape=linear.shape,
                 pattern=str(pattern),
-                sparsity=result.mask.sum().item() / result.mask.numel(),
+                sparsity=sparsity,
                 relative_error=result.relative_error,
                 seconds=seconds * linear.shape[0] / rows,
                 dead_inputs=dead,
