@@ -328,7 +328,6 @@ class _Making:
 
         self.emit({"event": "stage", "text": f"saving to {self.output}"})
         card = {
-            "base_model": Path(str(self.recipe.model)).name,
             "perplexity_before": before["perplexity"] if before else None,
             "perplexity_after": after["perplexity"] if after else None,
             "evaluation_text": Path(after["text"]).name if after else None,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 import subprocess
 import sys
 
@@ -156,6 +157,18 @@ def test_dense_format_says_that_nothing_is_gained(command, tiny_model, tmp_path)
     answer = command("prune", tiny_model, "-o", tmp_path / "out", *arguments)
     assert answer.code == 0, answer.err
     assert "You gain nothing" in answer.out
+
+
+def test_prune_takes_the_licence_along(command, tiny_model, tmp_path):
+    source, out = tmp_path / "tiny", tmp_path / "out"
+    shutil.copytree(tiny_model, source)
+    (source / "NOTICE").write_text("made here")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n")
+    answer = command("prune", source, "-o", out, "--method", "magnitude", "--threads", 1)
+    assert answer.code == 0, answer.err
+    assert (out / "NOTICE").read_text() == "made here"
+    header = (out / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    assert header.endswith("license: apache-2.0\nlanguage: en\nbase_model: tiny\n")
 
 
 def test_generate_prints_text_as_json_or_plain(command, tiny_model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import os
 import shutil
 import sys
@@ -113,7 +114,7 @@ def _move_into(fresh: Path, target: Path, *, overwrite: bool) -> None:
     taken = [
         entry.name
         for entry in fresh.iterdir()
-        if (target / entry.name).exists() and entry.name != "README.md"
+        if entry.name != "README.md" and _differs(entry, target / entry.name)
     ]
     if taken and not overwrite:
         raise FileExistsError(
@@ -123,6 +124,11 @@ def _move_into(fresh: Path, target: Path, *, overwrite: bool) -> None:
     for entry in sorted(fresh.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
         os.replace(entry, target / entry.name)
     _sync_directory(target)
+
+
+def _differs(new: Path, old: Path) -> bool:
+    """Whether there is something else in the place of a new file; the same licence, say, is no obstacle."""
+    return old.exists() and not (new.is_file() and old.is_file() and filecmp.cmp(new, old, shallow=False))
 
 
 def _swap(fresh: Path, target: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from lissom.hf.side import Ancestry
 
 _BEGIN, _END = "<!-- lissom: begin -->", "<!-- lissom: end -->"
 
@@ -16,11 +18,12 @@ class CardFacts:
     """What the model card states beyond the provenance that pruning left in ``config.lissom``.
 
     Args:
-        base_model: name of the model before pruning.
+        base_model: name of the model before pruning; None: as the model says where it came from.
         perplexity_before: perplexity of the dense model.
         perplexity_after: perplexity of the saved model on the same text.
         evaluation_text: what the perplexities were measured on.
-        license: licence identifier of the base model, for the card's header.
+        license: licence identifier of the base model, for the card's header; None: what the base model's card
+            says.
     """
 
     base_model: str | None = None
@@ -38,6 +41,7 @@ def render_card(
     format: str,
     packed_modules: int,
     existing: str | None = None,
+    base: Ancestry | None = None,
 ) -> str:
     """Writes the model card: replaces the lissom section of an existing text, or makes a new one.
 
@@ -47,6 +51,7 @@ def render_card(
         format: "packed" or "dense".
         packed_modules: how many linears are 2:4.
         existing: the README so far.
+        base: what the base model says of itself; its licence and language go into a new text's header.
 
     Returns:
         The whole text in Markdown.
@@ -55,24 +60,29 @@ def render_card(
         >>> "AutoModelForCausalLM" in render_card(CardFacts(), {}, format="packed", packed_modules=7)
         True
     """
+    if base is not None and facts.base_model is None:
+        facts = replace(facts, base_model=base.name)
     section = "\n".join([_BEGIN, *_section(facts, provenance, format, packed_modules), _END])
     if existing is None:
-        return f"{_header(facts)}\n# {facts.base_model or 'Model'}, 2:4 sparse\n\n{section}\n"
+        return f"{_header(facts, base)}\n# {facts.base_model or 'Model'}, 2:4 sparse\n\n{section}\n"
     old = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
     if old.search(existing):
         return old.sub(lambda _: section, existing, count=1)
     return f"{existing.rstrip()}\n\n{section}\n"
 
 
-def _header(facts: CardFacts) -> str:
+def _header(facts: CardFacts, base: Ancestry | None) -> str:
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [lissom, sparse, pruned]",
     ]
+    inherited = [] if base is None else base.front_matter
     if facts.license:
         lines.append(f"license: {facts.license}")
+        inherited = [line for line in inherited if not line.startswith("license")]
+    lines += inherited
     return "\n".join([*lines, "---", ""])
 
 

@@ -29,7 +29,7 @@ from lissom.hf.checkpoint import (
 from lissom.hf.foreign.canonical import Foreign
 from lissom.hf.foreign.declared import without_declaration
 from lissom.hf.foreign.plan import Layer, Plan, Scales, make_plan
-from lissom.hf.foreign.side import CARD_NAME, side_files
+from lissom.hf.side import CARD_NAME, copy_side_files, side_files
 from lissom.models.shards import ShardWriter, Stored
 
 _PATIENCE = 2.0  # seconds between two messages, and before the first
@@ -314,11 +314,7 @@ class _Progress:
 
 
 def _write_side_files(plan: Plan, fresh: Path, target: Path) -> None:
-    files, _ = side_files(plan.folder)
-    for file in files:
-        copy = fresh / file.relative_to(plan.folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+    copy_side_files(plan.folder, fresh)
     config = _new_config(plan)
     (fresh / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     cards = (folder / CARD_NAME for folder in (plan.folder, target))

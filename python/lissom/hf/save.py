@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from lissom import ops
 from lissom.hf.atomic import replacing_directory
 from lissom.hf.card import CardFacts, render_card
 from lissom.hf.quantizer import Sparse24Config, packed_modules
+from lissom.hf.side import CARD_NAME, Ancestry, ancestry_of
 from lissom.models import packing_obstacles
 from lissom.nn import Sparse24Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CARD_NAME = "README.md"
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +61,7 @@ def save(
     "packed" stores every linear that is 2:4 as values and metadata, whether the model holds it dense or
     packed; it needs lissom to load and runs fast. "dense" writes the zeros out; every tool reads that,
     none is faster for it. The model itself is not changed. Files in an existing folder that belong to no
-    checkpoint are kept.
+    checkpoint are kept. Licence and notices of the folder that the model was loaded from go along.
 
     Args:
         model: a transformers model; adapters must be merged first.
@@ -95,7 +96,10 @@ def save(
             model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write_card(folder, facts, config, len(modules), old=target / CARD_NAME)
+        base = ancestry_of(model)
+        for file in base.files if base else ():
+            shutil.copyfile(file, folder / file.name)
+        _write_card(folder, facts, config, len(modules), old=target / CARD_NAME, base=base)
         files = tuple(sorted(entry.name for entry in folder.iterdir()))
         size = sum((folder / name).stat().st_size for name in files)
     return SaveReport(bytes=size, files=files, format=format, modules=tuple(modules))
@@ -114,12 +118,20 @@ def _check_model(model: object) -> None:
 
 
 def _write_card(
-    folder: Path, facts: CardFacts, config: PreTrainedConfig, packed_modules: int, *, old: Path
+    folder: Path,
+    facts: CardFacts,
+    config: PreTrainedConfig,
+    packed_modules: int,
+    *,
+    old: Path,
+    base: Ancestry | None,
 ) -> None:
     """Keeps what others wrote into the README that is about to be replaced."""
     existing = old.read_text(encoding="utf-8") if old.is_file() else None
     form = config.lissom["format"]
-    text = render_card(facts, config.lissom, format=form, packed_modules=packed_modules, existing=existing)
+    text = render_card(
+        facts, config.lissom, format=form, packed_modules=packed_modules, existing=existing, base=base
+    )
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from ..hf.atomic import replacing_directory
 from ..hf.checkpoint import CONFIG_NAME, check_folder, read_config
+from ..hf.side import CARD_NAME, ancestry, copy_side_files
 from .origin import Origin, find_origins, load_buffers, skeleton, tie
 from .shards import ShardWriter, Stored, stored_tensors
 from .walk import UnsupportedModelError
@@ -24,10 +24,6 @@ from .walk import UnsupportedModelError
 if TYPE_CHECKING:
     from ..hf.card import CardFacts
     from ..hf.save import SaveReport
-
-# What of a model folder goes along with pruned weights, besides config.json.
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-_NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "lissom-*", "recipe.*")
 
 
 class Resident:
@@ -191,7 +187,7 @@ class Resident:
         """Writes a changed copy of the folder, block by block, in place of `target` once it is complete.
 
         Every tensor keeps the name, shape and type that it has in the folder. What was not written in the body is
-        copied, tokenizer and other small files too. When the body raises, `target` is as it was before.
+        copied, tokenizer, licence and other small files too. When the body raises, `target` is as it was before.
 
         Args:
             target: folder to write.
@@ -307,25 +303,31 @@ class Output:
 
     def _finish(self) -> None:
         from ..hf.card import CardFacts, render_card
-        from ..hf.save import CARD_NAME, SaveReport
+        from ..hf.save import SaveReport
 
         source = self._resident.folder
         assert source is not None
         done = self._shards.names
         self._shards.copy(each for name, each in self._resident._stored.items() if name not in done)
         self._shards.finish()
-        for file in _companions(source):
-            shutil.copyfile(file, self._folder / file.name)
+        copy_side_files(source, self._folder)
         config = self._config(source)
         (self._folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         old = self._target / CARD_NAME
         existing = old.read_text(encoding="utf-8") if old.is_file() else None
         facts = self.card or CardFacts()
-        text = render_card(facts, config["lissom"], format="dense", packed_modules=0, existing=existing)
+        text = render_card(
+            facts,
+            config["lissom"],
+            format="dense",
+            packed_modules=0,
+            existing=existing,
+            base=ancestry(source),
+        )
         (self._folder / CARD_NAME).write_text(text, encoding="utf-8")
-        files = sorted(self._folder.iterdir())
-        size = sum(file.stat().st_size for file in files)
-        self.report = SaveReport(size, tuple(file.name for file in files), "dense", ())
+        size = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        names = tuple(sorted(entry.name for entry in self._folder.iterdir()))
+        self.report = SaveReport(size, names, "dense", ())
 
     def _config(self, source: Path) -> dict[str, Any]:
         """The folder's own config.json, with what pruning left in `model.config.lissom`."""
@@ -335,8 +337,3 @@ class Output:
         return read_config(source) | {
             "lissom": {"version": lissom.__version__} | provenance | {"format": "dense"}
         }
-
-
-def _companions(folder: Path) -> list[Path]:
-    files = [file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()]
-    return sorted(file for file in files if not any(file.match(pattern) for pattern in _NOT_COMPANIONS))

@@ -23,7 +23,7 @@ from lissom.hf.foreign.canonical import BLOCK_ELEMENTS, Foreign, told
 from lissom.hf.foreign.declared import ADVICE, READS, Declared, declared_format, without_declaration
 from lissom.hf.foreign.find import Found, find_weights
 from lissom.hf.foreign.marlin24 import Marlin24Weight
-from lissom.hf.foreign.side import CARD_NAME, check_links, side_files
+from lissom.hf.side import CARD_NAME, check_links, side_files
 from lissom.models import packing_obstacles
 from lissom.models.origin import Origin, find_origins, skeleton
 from lissom.models.shards import DTYPES, Stored, stored_tensors
