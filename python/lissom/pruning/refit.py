@@ -28,7 +28,7 @@ def refit(
         hessian: H [C, C], positive definite.
         pruned: bool [R, C], True where a weight is zero.
         start: first guess [R, C]; None starts at the target. What the mask prunes is not read.
-        tolerance: a row stops when its residual, over that of w' = 0, is below (in the norm of 1 / diag(H)).
+        tolerance: a row stops when its residual, in the norm of 1 / diag(H), over w, in that of diag(H), is below.
         iterations: stop at the latest after as many.
 
     Returns:
@@ -42,11 +42,10 @@ def refit(
         [[1.5, 0.0]]
     """
     weight = (target if start is None else start).masked_fill(pruned, 0)
-    wanted = target @ hessian
     scale = hessian.diagonal().reciprocal()
     # Rows stop one by one, so that a row's result does not depend on its neighbours.
-    goal = tolerance**2 * torch.linalg.vecdot(wanted * scale, wanted)
-    residual = wanted.addmm_(weight, hessian, alpha=-1).masked_fill_(pruned, 0)
+    goal = tolerance**2 * torch.linalg.vecdot(target.square(), hessian.diagonal())
+    residual = ((target - weight) @ hessian).masked_fill_(pruned, 0)
     step = residual * scale
     energy = torch.linalg.vecdot(residual, step)
     for _ in range(iterations):
