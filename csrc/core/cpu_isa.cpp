@@ -23,11 +23,11 @@ constexpr int64_t kNever = INT64_MAX;
 // Two shuffle ports make permuted activations the best everywhere; on one shuffle port they lose to lanes over tokens
 // as soon as a few vectors of tokens share each decoded weight.
 constexpr CorePlan kPlans[] = {
-    {"AMD Zen 4/5", false, true, kNever, kNever, kNever},
-    {"Intel Golden Cove family", true, false, 28, 28, 28},
-    {"unknown AVX-512 core", false, false, 48, 48, 48},
-    {"AVX2 core", true, false, 12, 12, 12},
-    {"portable", true, false, 10, 10, 10},
+    {"AMD Zen 4/5", false, true, kNever, kNever, kNever, kNever, kNever},
+    {"Intel Golden Cove family", true, false, 28, 28, 28, 128, 9},
+    {"unknown AVX-512 core", false, false, 48, 48, 48, 128, 9},
+    {"AVX2 core", true, false, 12, 12, 12, 28, kNever},
+    {"portable", true, false, 10, 10, 10, 4, kNever},
 };
 enum PlanRow { kZen, kGoldenCove, kUnknownAvx512, kAvx2Core, kPortableCore };
 

@@ -33,6 +33,8 @@ struct CorePlan {
   int64_t lanes_from_f32;   // sparse24: lanes-over-tokens path from this M
   int64_t lanes_from_bf16;  // the same where the bf16 dot and AMX are not used
   int64_t lanes_from_f16;
+  int64_t lanes_from_int8;  // where there is no dot product of bytes
+  int64_t tiles_from_int8;  // AMX from this M, the dot product of bytes below
 };
 const CorePlan& core_plan();
 const char* cpu_model_name();

@@ -104,6 +104,7 @@ LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 LISSOM_INLINE vf vf_from_int(vu a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+LISSOM_INLINE vu vu_from_integral(vf a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
 // The bytes of both positions, by a multiplication: p * 0x0202 + 0x0100 = (2p, 2p + 1).
 LISSOM_INLINE __m256i pair_bytes(__m256i nibble) {
   const __m256i both =

@@ -65,6 +65,7 @@ LISSOM_INLINE void vf_store_f16(uint16_t* p, vf v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 LISSOM_INLINE vf vf_from_int(vu a) { return _mm512_cvtepi32_ps(a); }
+LISSOM_INLINE vu vu_from_integral(vf a) { return _mm512_cvttps_epi32(a); }
 // The four bytes of a nibble's two positions, looked up by the low four bits of a lane.
 LISSOM_INLINE vu pair_table() {
   uint32_t table[16];

@@ -83,6 +83,10 @@ LISSOM_INLINE vf vf_from_int(vu a) {
   typedef int32_t vi __attribute__((vector_size(64)));
   return __builtin_convertvector(reinterpret_cast<vi>(a), vf);
 }
+LISSOM_INLINE vu vu_from_integral(vf a) {
+  typedef int32_t vi __attribute__((vector_size(64)));
+  return reinterpret_cast<vu>(__builtin_convertvector(a, vi));
+}
 // Pairs of int16: lane i of vu_pick_pair holds the two of `four` that the nibble of index[i] names (index: from
 // vu_pair_index), of vu_low_bytes and vu_high_bytes bytes 0, 1 and 2, 3 of a lane; vu_madd adds both products to a lane.
 LISSOM_INLINE vu vu_pair_index(vu meta, int shift) { return (meta >> shift) & 15u; }

@@ -52,7 +52,7 @@ struct Rows {
 // Null where a tier has no such path for the type.
 struct Kernels {
   const Path* permuted[kTypeCount];  // activations permuted to the kept values; indexed by DType
-  const Path* lanes[kTypeCount];     // lanes over tokens; not int8
+  const Path* lanes[kTypeCount];     // lanes over tokens
   const Path* dot[kTypeCount];       // permuted, with a dot instruction: bf16, int8
   const Path* tiles[kTypeCount];     // records expanded into AMX tiles: bf16, int8
   void (*quantize)(const Rows&, int64_t begin, int64_t end);

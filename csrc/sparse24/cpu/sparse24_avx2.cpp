@@ -25,12 +25,12 @@ constexpr int64_t kPrefetchAhead = 2048;  // bytes
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {
-    {&permuted::kPath<DType::f32>, &permuted::kPath<DType::bf16>, &permuted::kPath<DType::f16>,
-     &permuted_int8::kPath},
-    {&lanes::kPath<DType::f32>, &lanes::kPath<DType::bf16>, &lanes::kPath<DType::f16>, nullptr},
-    {},
-    {},
-    quantize::rows};
+const Kernels kKernels = {{&permuted::kPath<DType::f32>, &permuted::kPath<DType::bf16>,
+                           &permuted::kPath<DType::f16>, &permuted_int8::kPath},
+                          {&lanes::kPath<DType::f32>, &lanes::kPath<DType::bf16>, &lanes::kPath<DType::f16>,
+                           &lanes::kPath<DType::i8>},
+                          {},
+                          {},
+                          quantize::rows};
 
 }  // namespace lissom::sparse24::avx2

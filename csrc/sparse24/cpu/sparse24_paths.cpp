@@ -84,13 +84,13 @@ const Path& choose_path(CpuIsa isa, DType dtype, int64_t m, bool finite) {
   const Path* wanted = forced_path(all, dtype);
   if (wanted && (finite || wanted != all.tiles[t])) return *wanted;
   const CorePlan& plan = core_plan();
-  if (all.tiles[t] && finite) return *all.tiles[t];
+  const bool int8 = dtype == DType::i8;
+  if (all.tiles[t] && finite && (!int8 || m >= plan.tiles_from_int8)) return *all.tiles[t];
   // The dot product of bytes is fast wherever it exists, that of bf16 is not.
-  if (all.dot[t] && (dtype == DType::i8 || plan.bf16_dot)) return *all.dot[t];
-  const int64_t from = dtype == DType::f32    ? plan.lanes_from_f32
-                       : dtype == DType::bf16 ? plan.lanes_from_bf16
-                                              : plan.lanes_from_f16;
-  return m >= from && all.lanes[t] ? *all.lanes[t] : *all.permuted[t];
+  if (all.dot[t] && (int8 || plan.bf16_dot)) return *all.dot[t];
+  const int64_t from[kTypeCount] = {plan.lanes_from_f32, plan.lanes_from_bf16, plan.lanes_from_f16,
+                                    plan.lanes_from_int8};
+  return m >= from[t] ? *all.lanes[t] : *all.permuted[t];
 }
 
 }  // namespace lissom::sparse24
