@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from lissom.hf.card import CardFacts, render_card
 from lissom.hf.quantizer import Sparse24Config, packed_modules
 from lissom.hf.side import CARD_NAME, Ancestry, ancestry_of
 from lissom.models import packing_obstacles
+from lissom.models.walk import uncompiled
 from lissom.nn import Sparse24Linear
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def save(
     checkpoint are kept. Licence and notices of the folder that the model was loaded from go along.
 
     Args:
-        model: a transformers model; adapters must be merged first.
+        model: a transformers model, perhaps compiled as a whole; adapters must be merged first.
         directory: the folder to write.
         format: "packed" or "dense".
         tokenizer: saved beside the model if given.
@@ -77,7 +78,7 @@ def save(
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: unknown format, unmerged adapters, or nothing to pack.
+        ValueError: unknown format, unmerged adapters, compiled parts, or nothing to pack.
         FileExistsError: ``directory`` holds a model and ``overwrite`` is False.
 
     Example:
@@ -85,6 +86,7 @@ def save(
         Traceback (most recent call last):
         TypeError: lissom.save needs a transformers model, got Linear
     """
+    model = cast("PreTrainedModel", uncompiled(model))
     _check_model(model)
     facts = card if isinstance(card, CardFacts) else CardFacts(**(card or {}))
     modules = _modules_to_pack(model, format)
@@ -111,6 +113,11 @@ def _check_model(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         hint = ": merge its adapters first with lissom.hf.merge_lora" if hasattr(model, "peft_config") else ""
         raise TypeError(f"lissom.save needs a transformers model, got {type(model).__name__}{hint}")
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise ValueError(
+            "lissom.save got a model with compiled parts, whose weights have other names: put the modules that "
+            "torch.compile was given (._orig_mod) back first"
+        )
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
             "lissom.save got a model with adapters in it: merge them first with lissom.hf.merge_lora"

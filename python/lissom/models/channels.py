@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .walk import Block, ModelMap, UnsupportedModelError
+from .walk import Block, ModelMap, UnsupportedModelError, plain_name
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def find_channels(model: nn.Module, parts: ModelMap) -> tuple[Channels, ...]:
     stream = _Stream(model)
     inner: list[Channels] = []
     for block in parts.blocks:
-        found = _Finder(model.config, block, stream)
+        found = _ChannelFinder(model.config, block, stream)
         layout(found)
         inner += found.channels
     if parts.head is None:
@@ -117,7 +117,7 @@ def _check_shared(model: nn.Module, channels: tuple[Channels, ...]) -> None:
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if moves.get(name, set()) != moves.get(other, set()):
+        if moves.get(plain_name(name), set()) != moves.get(plain_name(other), set()):
             raise UnsupportedModelError(
                 f"{name} and {other} are one Parameter but lie along different channels: untie them first, "
                 "or prune without permuting"
@@ -142,10 +142,10 @@ class _Stream:
         if isinstance(module, nn.Parameter):
             self.known.add(name)
         elif module is not None:
-            self.known |= {f"{name}.{own}" for own, _ in module.named_parameters()}
+            self.known |= {plain_name(f"{name}.{own}") for own, _ in module.named_parameters()}
 
     def refuse_strangers(self) -> None:
-        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        names = [plain_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False)]
         unknown = [name for name in names if name not in self.known]
         if unknown:
             raise UnsupportedModelError(
@@ -185,7 +185,7 @@ def _find_ends(model: nn.Module, parts: ModelMap, stream: _Stream) -> None:
 
 
 @dataclass
-class _Finder:
+class _ChannelFinder:
     """Notes what lies along which channels of one block; paths that the block lacks are skipped."""
 
     config: Any
@@ -299,31 +299,31 @@ class _Finder:
         return [(name, module) for name, module in found if module is not None]
 
 
-def _attention(found: _Finder, path: str = "self_attn", output: str = "o_proj") -> None:
+def _attention(found: _ChannelFinder, path: str = "self_attn", output: str = "o_proj") -> None:
     found.reads(*(f"{path}.{name}" for name in ("q_proj", "k_proj", "v_proj")))
     found.heads(f"{path}.v_proj", f"{path}.{output}")
     found.writes(f"{path}.{output}")
     found.others(*(f"{path}.{name}" for name in ("q_norm", "k_norm", "sinks")))
 
 
-def _mlp(found: _Finder, path: str) -> None:
+def _mlp(found: _ChannelFinder, path: str) -> None:
     found.reads(f"{path}.gate_proj", f"{path}.up_proj")
     found.inner({f"{path}.gate_proj": 1, f"{path}.up_proj": 1}, (f"{path}.down_proj",))
     found.writes(f"{path}.down_proj")
 
 
-def _llama(found: _Finder) -> None:
+def _llama(found: _ChannelFinder) -> None:
     found.norms("input_layernorm", "post_attention_layernorm")
     _attention(found)
     _mlp(found, "mlp")
 
 
-def _gemma(found: _Finder) -> None:
+def _gemma(found: _ChannelFinder) -> None:
     _llama(found)
     found.norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-def _moe(found: _Finder) -> None:
+def _moe(found: _ChannelFinder) -> None:
     _llama(found)
     found.reads("mlp.gate", "mlp.router", "mlp.shared_expert_gate")
     _mlp(found, "mlp.shared_expert")
@@ -331,7 +331,7 @@ def _moe(found: _Finder) -> None:
     found.experts("mlp.experts")
 
 
-def _deepseek(found: _Finder) -> None:
+def _deepseek(found: _ChannelFinder) -> None:
     _moe(found)
     path = "self_attn"
     found.reads(f"{path}.q_a_proj", f"{path}.kv_a_proj_with_mqa")
@@ -341,7 +341,7 @@ def _deepseek(found: _Finder) -> None:
     found.heads(f"{path}.kv_b_proj", f"{path}.o_proj", fused="head")
 
 
-def _mamba_mixer(found: _Finder, path: str) -> None:
+def _mamba_mixer(found: _ChannelFinder, path: str) -> None:
     rows = {"in_proj": 2, "conv1d": 1, "dt_proj": 1, "A_log": 1, "D": 1}
     found.reads(f"{path}.in_proj")
     found.inner(
@@ -351,12 +351,12 @@ def _mamba_mixer(found: _Finder, path: str) -> None:
     found.others(*(f"{path}.{name}_layernorm" for name in ("dt", "b", "c")))
 
 
-def _mamba(found: _Finder) -> None:
+def _mamba(found: _ChannelFinder) -> None:
     found.norms("norm")
     _mamba_mixer(found, "mixer")
 
 
-def _mamba2(found: _Finder) -> None:
+def _mamba2(found: _ChannelFinder) -> None:
     found.norms("norm")
     found.reads("mixer.in_proj")
     rows = {"mixer.in_proj": 2, "mixer.conv1d": 1, "mixer.norm": 1}
@@ -365,7 +365,7 @@ def _mamba2(found: _Finder) -> None:
     found.others("mixer.A_log", "mixer.D", "mixer.dt_bias")
 
 
-def _jamba(found: _Finder) -> None:
+def _jamba(found: _ChannelFinder) -> None:
     found.norms("input_layernorm", "pre_ff_layernorm")
     _attention(found)
     _mamba_mixer(found, "mamba")
@@ -374,7 +374,7 @@ def _jamba(found: _Finder) -> None:
     found.experts("feed_forward.experts")
 
 
-def _opt(found: _Finder) -> None:
+def _opt(found: _ChannelFinder) -> None:
     found.norms("self_attn_layer_norm", "final_layer_norm")
     _attention(found, output="out_proj")
     found.reads("fc1")
@@ -382,7 +382,7 @@ def _opt(found: _Finder) -> None:
     found.writes("fc2")
 
 
-def _gpt2(found: _Finder) -> None:
+def _gpt2(found: _ChannelFinder) -> None:
     found.norms("ln_1", "ln_2")
     found.reads("attn.c_attn", "mlp.c_fc")
     found.heads("attn.c_attn", "attn.c_proj", fused="whole")
@@ -390,7 +390,7 @@ def _gpt2(found: _Finder) -> None:
     found.writes("attn.c_proj", "mlp.c_proj")
 
 
-def _bloom(found: _Finder) -> None:
+def _bloom(found: _ChannelFinder) -> None:
     found.norms("input_layernorm", "post_attention_layernorm")
     found.reads("self_attention.query_key_value", "mlp.dense_h_to_4h")
     found.heads("self_attention.query_key_value", "self_attention.dense", fused="head")
@@ -398,22 +398,22 @@ def _bloom(found: _Finder) -> None:
     found.writes("self_attention.dense", "mlp.dense_4h_to_h")
 
 
-def _bert(found: _Finder) -> None:
+def _bert(found: _ChannelFinder) -> None:
     found.heads("attention.self.value", "attention.output.dense")
     found.inner({"intermediate.dense": 1}, ("output.dense",))
 
 
-def _vit(found: _Finder) -> None:
+def _vit(found: _ChannelFinder) -> None:
     found.heads("attention.v_proj", "attention.o_proj")
     found.inner({"mlp.fc1": 1}, ("mlp.fc2",))
 
 
-def _clip(found: _Finder) -> None:
+def _clip(found: _ChannelFinder) -> None:
     found.heads("self_attn.v_proj", "self_attn.out_proj")
     found.inner({"mlp.fc1": 1}, ("mlp.fc2",))
 
 
-_LAYOUTS: dict[str, Callable[[_Finder], None]] = {
+_LAYOUTS: dict[str, Callable[[_ChannelFinder], None]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,

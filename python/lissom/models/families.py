@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
-class Slice:
+class DirectInput:
     """The input of a linear that is never called, because its block multiplies by the weight itself.
 
     Attributes:
@@ -45,7 +45,7 @@ class Family:
     embed: tuple[str, ...]
     tail: tuple[str, ...] = ()
     experts: str | None = None
-    direct: Mapping[str, Slice] = field(default_factory=dict)
+    direct: Mapping[str, DirectInput] = field(default_factory=dict)
     never: frozenset[str] = frozenset()
     head: bool = True
     returns_tuple: bool = False
@@ -63,8 +63,8 @@ def _mamba(mixer: str) -> tuple[tuple[str, ...], ...]:
     return tuple((f"{mixer}.{name}",) for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
 
 
-def _time_step(mixer: str) -> dict[str, Slice]:
-    return {f"{mixer}.dt_proj": Slice(f"{mixer}.x_proj", f"{mixer}.dt_layernorm")}
+def _time_step(mixer: str) -> dict[str, DirectInput]:
+    return {f"{mixer}.dt_proj": DirectInput(f"{mixer}.x_proj", f"{mixer}.dt_layernorm")}
 
 
 _ATTENTION = _qkv("self_attn", "o_proj")

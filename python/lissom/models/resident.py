@@ -19,7 +19,7 @@ from ..hf.checkpoint import CONFIG_NAME, check_folder, read_config
 from ..hf.side import CARD_NAME, ancestry, copy_side_files
 from .origin import Origin, find_origins, load_buffers, skeleton, tie
 from .shards import ShardWriter, Stored, stored_tensors
-from .walk import UnsupportedModelError
+from .walk import UnsupportedModelError, uncompiled
 
 if TYPE_CHECKING:
     from ..hf.card import CardFacts
@@ -52,7 +52,7 @@ class Resident:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        self.model: Any = uncompiled(model)
         self.folder: Path | None = None
         self._stored: dict[str, Stored] = {}
         self._origins: dict[str, Origin] = {}

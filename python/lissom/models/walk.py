@@ -149,7 +149,8 @@ def describe(model: nn.Module) -> ModelMap:
     """Find the blocks, the linear layers and the layers that share an input.
 
     Args:
-        model: a transformers model (with or without its output layer); may live on the meta device.
+        model: a transformers model (with or without its output layer); may live on the meta device, and be
+            compiled as a whole or in part.
 
     Returns:
         The map of the model. Nothing is computed and nothing changed.
@@ -165,12 +166,13 @@ def describe(model: nn.Module) -> ModelMap:
         >>> [linear.name for linear in describe(tiny).linears()][:2]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.k_proj']
     """
+    model = uncompiled(model)
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     family = FAMILIES.get(kind) if kind else None
     if kind is None or family is None:
         raise UnsupportedModelError(_refusal(model, kind))
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
     base_model = getattr(model, "base_model", model)
     base = names[id(base_model)]
     holders = _parameter_holders(model)
@@ -183,7 +185,7 @@ def describe(model: nn.Module) -> ModelMap:
         family=kind,
         base=base,
         blocks=[
-            _Finder(_join(base, f"{family.blocks}.{index}"), module, family, holders).block()
+            _BlockFinder(_join(base, f"{family.blocks}.{index}"), uncompiled(module), family, holders).block()
             for index, module in enumerate(stack)
         ],
         embed=tuple(_join(base, path) for path in family.embed),
@@ -192,6 +194,21 @@ def describe(model: nn.Module) -> ModelMap:
         if head_name
         else None,
     )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, or the module itself; it has the names that its user knows.
+
+    Example:
+        >>> uncompiled(nn.Identity())
+        Identity()
+    """
+    return cast("nn.Module", getattr(module, "_orig_mod", module))
+
+
+def plain_name(name: str) -> str:
+    """A name without the step that `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def packing_obstacles(model: nn.Module) -> dict[str, str]:
@@ -221,7 +238,7 @@ _DIRECT = "its block multiplies by the weight without calling it, so no packed m
 
 
 @dataclass
-class _Finder:
+class _BlockFinder:
     """Looks for the linears of one block."""
 
     name: str
@@ -308,7 +325,8 @@ class _Finder:
     def _refuse_strangers(self) -> None:
         """Refuse a block with weights that its architecture does not have."""
         listed = {path for group in self.family.groups for path in group} | self.family.never
-        for path, module in self.module.named_modules():
+        for place, module in self.module.named_modules():
+            path = plain_name(place)
             if _is_linear(module) and path not in listed:
                 raise UnsupportedModelError(
                     f"{self.name}.{path} is a linear layer that this architecture does not usually have "
@@ -329,7 +347,7 @@ def _parameter_holders(model: nn.Module) -> dict[int, list[str]]:
     # show.
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        holders.setdefault(id(parameter), []).append(plain_name(name).rpartition(".")[0])
     return holders
 
 
@@ -358,7 +376,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     found: Any = module
     for part in path.split("."):
         found = getattr(found, part, None)
-    return found
+    return None if found is None else uncompiled(found)
 
 
 def _is_declared(module: nn.Module, path: str) -> bool:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from typing import Any
 
@@ -48,8 +49,8 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
     """Prune the linear layers of a model in place, block by block; embeddings, norms and output layer stay.
 
     Args:
-        model: a transformers model with dense floating-point weights, on one device; or one that is loaded
-            block by block.
+        model: a transformers model with dense floating-point weights, on one device, compiled or not; or one
+            that is loaded block by block.
         **arguments: the fields of `Settings`.
 
     Returns:
@@ -77,7 +78,7 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
     if settings.permute:
         check_permutable(run)
     state = _open_state(run)
-    with evaluating(resident.model), torch.no_grad():
+    with evaluating(resident.model), _eager(resident.model), torch.no_grad():
         if settings.permute:
             permute_channels(run, state)
         layers, blocks = sweep(run, state)
@@ -119,6 +120,16 @@ def prune_folder(
     writes = arguments.get("ranks", Ranks()).rank == 0
     with resident.saving(target, overwrite=overwrite) if writes else nullcontext() as output:
         return prune_model(resident, output=output, **arguments)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Let nothing compiled run: its blocks are called one by one, with hooks that leave them half-way."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
 
 
 def _calibration(settings: Settings) -> Calibration | None:
