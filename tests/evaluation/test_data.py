@@ -112,6 +112,32 @@ def test_files_that_cannot_be_used(tokenizer, tmp_path, content, name, sentence)
         calibration_windows(path, tokenizer, samples=2, seq_len=64)
 
 
+@pytest.mark.parametrize("text", [TEXT * 100, "two\nlines", "a word " * 40])
+def test_a_text_in_the_place_of_its_file_is_not_repeated(tokenizer, text):
+    with pytest.raises(
+        ValueError, match=r"must be a .txt or .jsonl file; a text itself goes into a list"
+    ) as told:
+        calibration_windows(text, tokenizer)
+    assert len(str(told.value)) < 250
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "inputs, sentence",
+    [
+        ({"input_ids": [[1, 2, 3]]}, r"tensors \[S, ...\], got a list for input_ids; .* return_tensors='pt'"),
+        (
+            {"input_ids": torch.zeros(2, 3).long(), "attention_mask": [[1] * 3] * 2},
+            "got a list for attention_mask",
+        ),
+        ({"input_ids": torch.tensor(3)}, "got a single number for input_ids"),
+    ],
+)
+def test_inputs_that_are_no_tensors_are_refused(inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_calibration(inputs)
+
+
 def test_other_rejections(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError):
         calibration_windows(tmp_path / "none.txt", tokenizer)

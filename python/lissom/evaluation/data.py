@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 _MAIN = ("input_ids", "pixel_values")
+_LONGEST_PATH, _SHOWN = (
+    200,
+    80,
+)  # characters: what is longer may be a whole text, of which a message shows so many
 
 Source = str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -148,7 +152,11 @@ def read_texts(data: str | PathLike[str] | Sequence[str], *, field: str = "text"
         return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
     path = Path(fspath(data))
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path}: calibration text must be a .txt or .jsonl file (or pass a list of texts)")
+        text = str(path)
+        shown = text if len(text) <= _LONGEST_PATH and "\n" not in text else f"{text[:_SHOWN]!r}..."
+        raise ValueError(
+            f"{shown}: calibration text must be a .txt or .jsonl file; a text itself goes into a list: [text]"
+        )
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if path.suffix == ".txt":
@@ -203,6 +211,13 @@ def _draw(stream: torch.Tensor, samples: int, seq_len: int, seed: int) -> torch.
 def _check_inputs(inputs: Mapping[str, torch.Tensor]) -> None:
     if not any(name in inputs for name in _MAIN):
         raise ValueError(f"calibration inputs must hold one of {', '.join(_MAIN)}, got {list(inputs)}")
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            got = "a single number" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"calibration inputs must be tensors [S, ...], got {got} for {name}; a tokenizer makes tensors "
+                "with return_tensors='pt'"
+            )
     lengths = {name: len(tensor) for name, tensor in inputs.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"calibration inputs must be equally many, got {lengths}")

@@ -98,7 +98,8 @@ def _fields(card: Path) -> list[str]:
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
     if not lines or lines[0].rstrip() != "---":
         return []
-    kept, taking = [], False
+    kept: list[str] = []
+    taking = False
     for line in lines[1:]:
         if line.rstrip() in ("---", "..."):
             return kept
