@@ -152,6 +152,13 @@ class PruneStep(Strict):
         Options(**{str(info.field_name): value})
         return value
 
+    @model_validator(mode="after")
+    def _options_suit_the_method(self) -> PruneStep:
+        from lissom.pruning.solver import check_options
+
+        check_options(self.method, self.options)
+        return self
+
     @property
     def options(self) -> Options:
         """What `prune_model` takes as `options`."""
@@ -177,7 +184,7 @@ class PruneStep(Strict):
         """What cannot do without calibration text; None when nothing needs it."""
         if self.method != "magnitude":
             return f"method {self.method!r}"
-        return "allocate" if self.allocate else None
+        return next((name for name in ("allocate", "reconstruct", "blend") if getattr(self, name)), None)
 
     def unpackable(self) -> str | None:
         """The pattern, or entry of the map, that the packed form cannot hold; None when all fit or stay dense."""

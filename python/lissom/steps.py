@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,6 +347,7 @@ def plan(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
         measuring = {
             "pattern": tried[0],
             "method": "wanda",
+            "options": replace(settings.options, variant=None, act_order=False),
             "blend": 0.0,
             "reconstruct": None,
             "strict": False,

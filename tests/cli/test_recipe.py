@@ -102,6 +102,12 @@ def test_unquoted_pattern_is_text_and_not_a_base_60_number():
             "wanda, reconstruct: {passes: 0}",
             "prune.reconstruct.passes: reconstruct passes must be at",
         ),
+        (
+            "wanda",
+            "wanda, variant: SM",
+            "line 4: steps[0].prune: variant 'SM' is a choice within method 'mrp'",
+        ),
+        ("wanda", "wanda, act_order: true", "line 4: steps[0].prune: act_order is about the pass of method"),
         ("2:4", "4:2", "line 4: steps[0].prune.pattern: pattern '4:2': an n:m pattern keeps n of m"),
         ("2:4", "150%", "the pruned share must be at least 0 and below 1"),
         ("2:4", "[2, 4]", "line 4: steps[0].prune.pattern: pattern must be text such as '2:4' or '50%'"),
@@ -143,6 +149,16 @@ def test_errors_name_place_and_remedy(old, new, wanted):
 def test_what_is_no_recipe_is_refused(text):
     with pytest.raises(RecipeError):
         parse_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "reader"), [("blend: 0.2", "blend"), ("reconstruct: {passes: 1}", "reconstruct")]
+)
+def test_what_reads_a_text_is_told_that_there_is_none(more, reader):
+    bare = GOOD.replace("data: {source: calib.jsonl, field: text, samples: 8}\n", "")
+    parse_recipe(bare.replace("wanda", "magnitude"))
+    with pytest.raises(RecipeError, match=f"data is missing: {reader} needs calibration text"):
+        parse_recipe(bare.replace("wanda", f"magnitude, {more}"))
 
 
 def test_yaml_tags_do_not_make_objects():

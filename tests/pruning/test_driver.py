@@ -8,7 +8,7 @@ from torch import nn
 import lissom
 from lissom.models.tiny import build_tiny, tiny_inputs
 from lissom.models.walk import FAMILIES, UnsupportedModelError, describe
-from lissom.pruning import Options, plan_prune, prune, prune_model, prune_weight
+from lissom.pruning import Options, Reconstruction, plan_prune, prune, prune_model, prune_weight
 
 EXACT = Options(refit="exact")  # conjugate gradients enlarge the last bits in which two runs differ
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt", "gpt2", "bloom")
@@ -329,6 +329,17 @@ def test_weights_that_cannot_be_pruned(make, sentence):
         ({"pattern": "4:2"}, "keeps n of m"),
         ({"include": ["up_proj"]}, "include entry 'up_proj' means none"),
         ({"exclude": ["re:.*"]}, "nothing would be pruned"),
+        ({"options": Options(variant="SM")}, "variant 'SM' is a choice within method 'mrp'"),
+        ({"options": Options(act_order=True), "method": "wanda"}, "act_order is about .* got method 'wanda'"),
+        ({"method": "magnitude", "data": None, "blend": 0.3}, "blend 0.3 .*data=None changes no kept weight"),
+        (
+            {"method": "wanda", "options": Options(refit=False), "blend": 0.3},
+            "blend 0.3 .* method 'wanda' with refit=False changes no kept weight",
+        ),
+        (
+            {"method": "magnitude", "data": None, "reconstruct": Reconstruction()},
+            "reconstruct trains .*data=None",
+        ),
     ],
 )
 def test_rejections(arguments, sentence):
@@ -337,6 +348,26 @@ def test_rejections(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         prune_model(model, **{"pattern": "2:4", "method": "sparsegpt", "data": IDS, **arguments})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"method": "mrp", "options": Options(variant="SM")},
+        {"method": "mrp", "pattern": "50%", "options": Options(variant="SS", act_order=True)},
+        {"method": "magnitude", "blend": 0.2},
+        {"method": "magnitude", "data": None, "blend": 0.0},
+    ],
+)
+def test_options_that_have_an_effect_are_taken(arguments):
+    arguments = {"pattern": "2:4", "data": IDS, **arguments}
+    assert prune_model(build_tiny("llama"), **arguments).sparsity == 0.5
+    assert plan_prune(build_tiny("llama"), **arguments).touched
+
+
+def test_a_plan_refuses_what_the_run_refuses():
+    with pytest.raises(ValueError, match="variant 'MM' is a choice within method 'mrp'"):
+        plan_prune(build_tiny("llama"), pattern="2:4", options=Options(variant="MM"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

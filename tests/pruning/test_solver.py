@@ -255,6 +255,24 @@ NEGATIVE[2, 2] = -1
             {"options": {"act_order": True}},
             "act_order .* breaks the groups of pattern 2:4",
         ),
+        (
+            torch.zeros(4, 8),
+            EYE,
+            {"options": {"variant": "MM"}},
+            "variant 'MM' is a choice within method 'mrp', got method 'sparsegpt'",
+        ),
+        (
+            torch.zeros(4, 8),
+            EYE,
+            {"options": {"act_order": True}, "method": "alps", "pattern": "50%"},
+            "act_order is about .* 'sparsegpt' .*, got method 'alps'",
+        ),
+        (
+            torch.zeros(4, 8),
+            EYE,
+            {"options": {"act_order": True, "variant": "SM"}, "method": "mrp", "pattern": "50%"},
+            "act_order is about .* 'sparsegpt' .*, got method 'mrp'",
+        ),
         (torch.zeros(4, 8), EYE, {"pattern": 1.5}, "pruned share must be at least 0 and below 1"),
     ],
 )

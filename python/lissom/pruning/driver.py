@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from typing import Any
@@ -21,6 +21,7 @@ from .parallel import Ranks
 from .report import BlockReport, LayerReport, PruneReport
 from .selection import Selection, read_pattern, select_linears
 from .settings import Settings
+from .solver import check_options
 from .state import PruneState
 from .sweep import Run, sweep
 
@@ -67,7 +68,7 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
         (21, 0.5)
     """
     began = time.perf_counter()
-    settings = Settings(**arguments)
+    settings = read_settings(arguments)
     resident = model if isinstance(model, Resident) else Resident(model)
     parts, pattern = describe(resident.model), read_pattern(settings.pattern)
     selection = select_linears(
@@ -120,6 +121,31 @@ def prune_folder(
     writes = arguments.get("ranks", Ranks()).rank == 0
     with resident.saving(target, overwrite=overwrite) if writes else nullcontext() as output:
         return prune_model(resident, output=output, **arguments)
+
+
+def read_settings(arguments: Mapping[str, Any]) -> Settings:
+    """The settings of a run, of which none is given in vain.
+
+    Args:
+        arguments: fields of `Settings`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: one that cannot be used, or that the others leave without effect.
+    """
+    settings = Settings(**arguments)
+    check_options(settings.method, settings.options)
+    if settings.reconstruct is not None and settings.data is None:
+        raise ValueError("reconstruct trains blocks on calibration data; got data=None")
+    if settings.blend and not settings.compensates:
+        why = "data=None" if settings.data is None else f"method {settings.method!r} with refit=False"
+        raise ValueError(
+            f"blend {settings.blend!r} is about targets of weights that make up for others, and {why} changes no "
+            "kept weight: leave it out"
+        )
+    return settings
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..models.stream import BATCH_TOKENS
 from ..models.walk import Block, LinearRef, ModelMap, describe
+from .driver import read_settings
 from .permute import WINDOW
 from .reconstruct import Reconstruction
 from .report import PrunePlan
@@ -51,7 +52,7 @@ def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
         >>> len(plan_prune(build_tiny("llama"), pattern="2:4").touched)
         21
     """
-    settings = Settings(**{"data": "", **arguments})
+    settings = read_settings({"data": "", **arguments})
     parts, wanted = describe(model), read_pattern(settings.pattern)
     selection = select_linears(
         parts, wanted, include=settings.include, exclude=settings.exclude, strict=settings.strict

@@ -18,13 +18,14 @@ class Options:
     Attributes:
         refit: how the kept weights are solved for once a mask stands: True (conjugate gradients, whole rows),
             "exact" (one Cholesky solve per row), or False: the method's own weights stay.
-        variant: of "mrp": mask and compensation, each S (one weight at a time) or M (jointly), as in "MM";
+        variant: of "mrp" alone: mask and compensation, each S (one weight at a time) or M (jointly), as in "MM";
             None: "MM" for n:m, "SM" for unstructured patterns.
         blocksize: columns between two lazy updates (raised to a multiple of m), and the width of scope
             "block".
         scope: where an unstructured pattern compares weights: "row", "block" (of columns, over all rows) or
             "layer"; None is the method's own: "layer" for magnitude, "row" for wanda and alps, "block" else.
-        act_order: prune columns in descending order of diag(H) (unstructured patterns, sparsegpt only).
+        act_order: prune columns in descending order of diag(H) (unstructured patterns; "sparsegpt" and variant
+            SS of "mrp").
     """
 
     refit: bool | str = True

@@ -101,6 +101,8 @@ def prune_weight(
         [[4.0, 0.0, 0.0, 3.0]]
     """
     parsed = Pattern.parse(pattern)
+    find_method(method)
+    check_options(method, options or Options())
     moments = None if gram is None else Moments(gram)
     solved = prune_group(
         [weight], moments, pattern=parsed, method=method, damp=damp, options=options, preserve=preserve
@@ -317,6 +319,26 @@ def find_method(method: str) -> Callable[[Problem], Solution]:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]
+
+
+def check_options(method: str, options: Options) -> None:
+    """Refuse a choice that a method would pass over.
+
+    Args:
+        method: a method's name.
+        options: the choices.
+
+    Raises:
+        ValueError: `variant` or `act_order` where the method has no such choice.
+    """
+    if options.variant is not None and method != "mrp":
+        raise ValueError(
+            f"variant {options.variant!r} is a choice within method 'mrp', got method {method!r}: leave it out"
+        )
+    if options.act_order and method != "sparsegpt" and options.variant != "SS":
+        raise ValueError(
+            f"act_order is about the pass of method 'sparsegpt' over the columns, got method {method!r}: leave it out"
+        )
 
 
 def check_damp(damp: float) -> None:
