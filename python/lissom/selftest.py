@@ -331,9 +331,10 @@ def integers(device: str, dtype: torch.dtype) -> Checks:
         act = ("none", "none", "relu")[turn // 3 % 3]
         y = p.x.double() @ p.w.T * scale_x[:, None] * scale_w + (0 if bias is None else bias.double())
         y = (y.relu() if act == "relu" else y).float() + (0 if residual is None else residual.float())
-        given = [t if t is None else t.to(device) for t in (p.x, scale_x, scale_w, bias, residual)]
+        x, by_row, by_column = (t.to(device) for t in (p.x, scale_x, scale_w))
+        terms = [t if t is None else t.to(device) for t in (bias, residual)]
         found = ops.sparse24_linear_int8(
-            given[0], given[1], p.packed(), given[2], p.n, p.k, given[3], act, given[4], out_dtype=out
+            x, by_row, p.packed(), by_column, p.n, p.k, terms[0], act, terms[1], out_dtype=out
         )
         yield differs(f"y {sizes} as {out}, {act}", found, y.to(out))
 
