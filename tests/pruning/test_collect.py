@@ -5,6 +5,7 @@ import torch
 from lissom.models.stream import BlockStream
 from lissom.models.tiny import build_tiny, tiny_inputs
 from lissom.models.walk import describe
+from lissom.pruning import prune_model
 from lissom.pruning.collect import Statistics, borrow, halves
 from lissom.pruning.damping import choose_damp
 from lissom.pruning.gram import Gram
@@ -47,6 +48,16 @@ def test_chosen_damping_is_near_the_best_for_other_tokens(tokens, share):
             best[damp] += error
             found += error if damp == chosen else 0.0
     assert found <= 1.06 * min(best.values())
+
+
+def test_damping_falls_with_the_tokens():
+    found = {}
+    for sequences in (10, 400):
+        ids = torch.randint(3, 97, (sequences, 24), generator=torch.Generator().manual_seed(0))
+        report = prune_model(build_tiny("llama"), pattern="2:4", method="sparsegpt", data=ids)
+        found[sequences] = {layer.shape[1]: layer.damp for layer in report.layers}
+    assert found[10] == pytest.approx({32: 0.3 * 32 / 240, 48: 0.3 * 48 / 240})
+    assert found[400] == {32: 0.01, 48: 0.01}
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef
-from .damping import FEW_TOKENS_DAMP, USUAL_DAMP, choose_damp
+from .damping import FEW_TOKENS_DAMP, choose_damp, usual_damp
 from .gram import CrossGram, Gram
 from .parallel import Ranks
 from .pattern import Pattern
@@ -97,7 +97,7 @@ class Statistics:
         """The damping asked for, or the one that suits the number of tokens."""
         gram, asked = self.gram, self._settings.damp
         if not self._settings.compensates or gram.tokens >= 2 * len(gram):
-            return USUAL_DAMP if asked is None else asked
+            return usual_damp(len(gram), gram.tokens) if asked is None else asked
         few = f"{gram.name}: {gram.tokens} calibration tokens for {len(gram)} inputs (fewer than 2 per input)"
         if asked is not None:
             warnings.warn(f"{few}; more tokens, or damp=None, would generalise better", stacklevel=2)

@@ -36,8 +36,8 @@ class Settings:
         strict: raise for a chosen layer that cannot be pruned instead of leaving it.
         preserve_mask: weights that are exactly zero stay so and count towards the pattern: more is pruned around a
             mask that is there already.
-        damp: share of mean(diag(H)) added to H; None: 0.01, or what does best on held-out tokens for a layer
-            with fewer than 2 C tokens.
+        damp: share of mean(diag(H)) added to H; None: 0.3 C / T for T tokens, at least 0.01; for a layer with
+            fewer than 2 C tokens, by what does best on held-out ones.
         blend: weight of the dense model's outputs in every layer's target, 0 to 1; the rest is the layer's own
             output on the inputs that the pruned model makes. None: 0.3 when weights are compensated.
         permute: put channels in an order that suits an n:m pattern first, folded into the neighbouring weights:

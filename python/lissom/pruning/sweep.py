@@ -18,7 +18,6 @@ from ..models.spill import Spill
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef, ModelMap
 from .collect import Statistics, borrow, halves
-from .damping import USUAL_DAMP
 from .pattern import Pattern
 from .reconstruct import Reconstruction, reconstruct_block
 from .report import BlockProgress, BlockReport, LayerReport
@@ -259,7 +258,8 @@ def _solve_group(
     began = time.perf_counter()
     originals = [linear.weight() for linear in linears]
     dtype = torch.float64 if originals[0].dtype == torch.float64 else torch.float32
-    moments, damp, dead = None, USUAL_DAMP, 0
+    moments, dead = None, 0
+    damp: float | None = None
     if statistics is not None:
         moments = statistics.moments(dtype)
         dead = statistics.dead
@@ -269,7 +269,7 @@ def _solve_group(
         moments,
         pattern=pattern,
         method=run.settings.method,
-        damp=damp,
+        damp=damp or 0.0,
         options=run.settings.options,
         preserve=torch.cat([each == 0 for each in originals]) if run.settings.preserve_mask else None,
         name=linears[0].group,
@@ -295,7 +295,7 @@ def _solve_group(
                 relative_error=result.relative_error,
                 seconds=seconds * linear.shape[0] / rows,
                 dead_inputs=dead,
-                damp=damp if moments is not None else None,
+                damp=damp,
             ),
         )
 
