@@ -30,8 +30,8 @@ class LinearRef:
         group: name of its input; linears of one group read the same activations and share one Gram matrix.
         shared_with: name of another module that holds the same Parameter, if any.
         expert: number of the expert in a fused weight, or None.
-        pool: name shared by the groups whose statistics may be summed where one of them saw few tokens (one
-            projection of the experts of one layer); None when the group stands alone.
+        pool: name shared by the groups of one projection of the experts of one layer, each of which may see few
+            tokens; None when the group is not routed.
         aside: why a run leaves it alone unless `include` names it, or None.
     """
 
