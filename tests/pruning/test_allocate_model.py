@@ -4,12 +4,14 @@
 import pytest
 import torch
 
+from lissom.models.stream import BlockStream
 from lissom.models.tiny import build_tiny
 from lissom.models.walk import describe
 from lissom.pruning import Pattern, prune_model, prune_weight
-from lissom.pruning.allocate_model import Allocation, allocate_model
+from lissom.pruning.allocate_model import Allocation, _sums, allocate_model
 from lissom.pruning.allocation import Budget, LossCurve, allocate, outlier_ratio
 from lissom.pruning.costs import kept_weights, layer_bytes, price
+from lissom.pruning.selection import select_linears
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -130,3 +132,17 @@ def test_every_kind_of_linear_takes_part(family):
 def test_what_cannot_be_meant_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
         Allocation(**given)
+
+
+def test_experts_are_judged_by_mean_inputs_and_by_their_share_of_the_tokens():
+    model = build_tiny("olmoe").eval()
+    parts = describe(model)
+    selection = select_linears(parts, Pattern.parse("50%"), strict=False)
+    tokens = torch.randint(3, 97, (8, 24), generator=torch.Generator().manual_seed(0))
+    _, layers = next(_sums(selection, BlockStream(model, parts, {"input_ids": tokens})))
+    dense = [layer for layer in layers if layer.linear.expert is None]
+    gates = [layer for layer in layers if layer.linear.name.rpartition(".")[0].endswith("gate_up_proj")]
+    assert all(layer.share == 1 for layer in dense)
+    assert sum(layer.share for layer in gates) == pytest.approx(model.config.num_experts_per_tok, abs=0.05)
+    # The norm in front of the experts makes every token's mean square about 1, however few reach an expert.
+    assert all(layer.gram.diagonal().mean().item() == pytest.approx(1, rel=0.5) for layer in gates)
