@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from ..evaluation.data import Calibration, read_calibration
 from ..models.resident import Resident
 from ..models.stream import evaluating
-from ..models.walk import UnsupportedModelError, describe
+from ..models.walk import UnsupportedModelError, describe, plain_name
 from .arrange import check_permutable, permute_channels
 from .parallel import Ranks
 from .report import BlockReport, LayerReport, PruneReport
@@ -79,12 +81,12 @@ def prune_model(model: nn.Module | Resident, **arguments: Any) -> PruneReport:
     if settings.permute:
         check_permutable(run)
     state = _open_state(run)
-    with evaluating(resident.model), _eager(resident.model), torch.no_grad():
+    with evaluating(resident.model), _eager(resident.model), torch.no_grad(), _telling(run):
         if settings.permute:
             permute_channels(run, state)
         layers, blocks = sweep(run, state)
     report = _conclude(run, layers, blocks, time.perf_counter() - began)
-    resident.model.config.lissom = _provenance(report)
+    resident.model.config.lissom = _provenance(report, settings)
     return report
 
 
@@ -146,6 +148,50 @@ def read_settings(arguments: Mapping[str, Any]) -> Settings:
             "kept weight: leave it out"
         )
     return settings
+
+
+@contextmanager
+def _telling(run: Run) -> Iterator[None]:
+    """Say more when a run ends early: what became of the model in memory, and which weight is to blame."""
+    before = _versions(run)
+    try:
+        yield
+    except BaseException as error:
+        changed = sum(before[name] != version for name, version in _versions(run).items())
+        if changed:
+            resume = " with resume=True" if run.settings.state_dir is not None else ""
+            warnings.warn(
+                f"pruning ended early: {changed} of {len(before)} layers of the model in memory are changed already, "
+                f"and config.lissom does not say so; load the model again before you prune it{resume}",
+                stacklevel=4,
+            )
+        if isinstance(error, ValueError):
+            _blame_weights(run, error)
+        raise
+
+
+def _versions(run: Run) -> dict[str, int]:
+    """How often each layer was written to; of a folder none, for its weights are read again."""
+    if run.resident.folder is not None:
+        return {}
+    return {linear.name: linear.parameter._version for linear in run.selection.linears()}
+
+
+def _blame_weights(run: Run, error: ValueError) -> None:
+    """A weight that is not finite comes out as an overflow in a later layer: name the weight instead.
+
+    Raises:
+        ValueError: there is one.
+    """
+    head, resident = run.parts.head, run.resident
+    with resident.block(*resident.rest(run.apart())):  # embeddings and the like; the block is still there
+        for name, parameter in resident.model.named_parameters():
+            unused = head is not None and name == head.stored and head.name not in run.selection.patterns
+            if parameter.is_meta or unused or torch.isfinite(parameter).all():
+                continue
+            raise ValueError(
+                f"{plain_name(name)} holds infinite or NaN values: the model is damaged"
+            ) from error
 
 
 @contextmanager
@@ -221,8 +267,8 @@ def _conclude(run: Run, layers: list[LayerReport], blocks: list[BlockReport], se
     )
 
 
-def _provenance(report: PruneReport) -> dict[str, Any]:
-    """What config.json keeps about the run."""
+def _provenance(report: PruneReport, settings: Settings) -> dict[str, Any]:
+    """What config.json keeps about the run; a damping of None was chosen by the number of tokens."""
     import lissom
 
     return {
@@ -231,7 +277,9 @@ def _provenance(report: PruneReport) -> dict[str, Any]:
         "method": report.method,
         "refit": report.refit,
         "blend": report.blend,
+        "damp": settings.damp,
         "permuted": report.permuted,
+        "reconstruct": asdict(settings.reconstruct) if settings.reconstruct else None,
         "sparsity": report.sparsity,
         "calibration": report.calibration,
         "layers": [layer.name for layer in report.layers],
