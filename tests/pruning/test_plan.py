@@ -6,8 +6,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lissom.models.tiny import build_tiny
+from lissom.models.walk import describe
 from lissom.pruning import Options, Pattern, Ranks, Reconstruction, plan, plan_prune, prune_model
+from lissom.pruning.collect import Statistics
 from lissom.pruning.problem import Problem
+from lissom.pruning.selection import read_pattern, select_linears
+from lissom.pruning.settings import Settings
 from lissom.pruning.solver import METHODS
 
 MAP = {"re:.*down_proj": "dense", "re:.*mlp.*": "2:4", "re:.*_proj": "60%"}
@@ -85,6 +89,43 @@ def test_an_expert_reads_only_the_tokens_that_reach_it():
     few, many = plan_prune(one, **usual), plan_prune(all_, **usual)
     assert few.estimated_seconds < many.estimated_seconds
     assert few.peak_bytes < many.peak_bytes
+
+
+@pytest.mark.parametrize("damp", [None, 0.01])
+@pytest.mark.parametrize("blend", [0.0, 0.3])
+@pytest.mark.parametrize(("samples", "seq_len"), [(2, 8), (64, 1024)])
+def test_sums_are_charged_as_they_are_kept(damp, blend, samples, seq_len):
+    """Of a routed expert neither a sum against the dense model's inputs nor two halves."""
+    model = build_tiny("mixtral", hidden_size=640, intermediate_size=1100, num_hidden_layers=1)
+    settings = Settings(data="", damp=damp, blend=blend, samples=samples, seq_len=seq_len)
+    parts = describe(model)
+    selection = select_linears(parts, read_pattern("2:4"), strict=False)
+    job = plan._Job(settings, parts, selection, 2)
+    assert any(linear.routed for linear in selection.linears())
+    for group in selection.steps[0].groups().values():
+        kept = Statistics(group, settings, samples * seq_len, torch.device("meta"))
+        sums = [*kept.gram._panels, *(kept.half._panels if kept.half else [])]
+        sums += [kept._cross._sum] if kept._cross else []
+        assert plan._statistics_bytes(job, group[0]) == sum(8 * panel.numel() for panel in sums)
+
+
+def test_an_expert_is_solved_without_a_second_target(model):
+    job = plan._Job(Settings(data="", blend=0.3), None, None, 1)
+    assert plan._solve_bytes(job, 64, 64, True) < plan._solve_bytes(job, 64, 64, False)
+    rates = plan._Rates.measure(torch.float32)
+    assert plan._solve_seconds(job, rates, 64, 64, True) < plan._solve_seconds(job, rates, 64, 64, False)
+
+
+def test_experts_that_see_few_tokens_borrow_some():
+    model = build_tiny("mixtral")
+    usual = {"seq_len": 16, "blend": 0.0, "damp": 0.01, "include": [r"re:.*experts.*"], "strict": False}
+    few, enough = (plan_prune(model, samples=samples, **usual) for samples in (2, 200))
+    job = plan._Job(Settings(data="", samples=2, seq_len=16), describe(model), None, 2)
+    expert = next(linear for linear in job.parts.linears() if linear.routed)
+    assert job.borrows(expert)
+    assert not job.borrows(job.parts.linears()[0])
+    assert not plan._Job(Settings(data="", samples=200), job.parts, None, 2).borrows(expert)
+    assert few.estimated_seconds < enough.estimated_seconds
 
 
 @pytest.mark.parametrize("method", ["wanda", "alps"])

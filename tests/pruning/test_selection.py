@@ -68,7 +68,7 @@ def test_read_pattern():
 
 def test_each_layer_gets_its_pattern(parts):
     selection = select_linears(parts, PatternMap(MIXED))
-    assert {name: str(selection.pattern_of(name)) for name in selection.patterns} == {
+    assert {name: str(selection.patterns[name]) for name in selection.patterns} == {
         linear.name: str(PatternMap(MIXED).of(linear.name)) for linear in selection.linears()
     }
     first, second = selection.steps[:2]
@@ -88,14 +88,14 @@ def test_each_layer_gets_its_pattern(parts):
 def test_one_group_with_two_patterns(parts):
     selection = select_linears(parts, PatternMap({"re:.*gate_proj": "2:4", "re:.*up_proj": "50%"}))
     (group,) = selection.steps[0].groups().values()
-    assert [str(selection.pattern_of(linear.name)) for linear in group] == ["2:4", "50%"]
+    assert [str(selection.patterns[linear.name]) for linear in group] == ["2:4", "50%"]
 
 
 def test_one_pattern_for_all(parts):
     pattern = Pattern.parse("2:4")
     selection = select_linears(parts, pattern)
     assert set(selection.left) == {"lm_head"}
-    assert all(selection.pattern_of(linear.name) is pattern for linear in parts.linears())
+    assert all(selection.patterns[linear.name] is pattern for linear in parts.linears())
     assert selection.linears() == parts.linears()
 
 
@@ -119,7 +119,7 @@ def test_entry_that_means_no_layer_is_refused(parts, key):
 def test_output_layer_is_taken_when_the_map_names_it(parts):
     selection = select_linears(parts, PatternMap({"lm_head": "50%", "re:.*": "2:4"}))
     assert selection.steps[-1].name == "lm_head"
-    assert str(selection.pattern_of("lm_head")) == "50%"
+    assert str(selection.patterns["lm_head"]) == "50%"
     selection = select_linears(parts, PatternMap({"lm_head": "dense", "re:.*": "2:4"}))
     assert "dense" in selection.left["lm_head"]
     selection = select_linears(parts, PatternMap({"re:.*": "2:4"}))

@@ -21,6 +21,7 @@ from .selection import Selection, read_pattern, select_linears
 from .settings import Settings
 from .solver import COMPENSATING
 
+_PANEL = 512  # rows of a panel of a Gram matrix, as `Gram` keeps it
 _PROCESS_BYTES = 380 << 20  # Python, torch and transformers before the first weight; measured
 _BYTE_SECONDS = 1.25e-10  # of one thread in an elementwise operation on large tensors; measured
 # Operations of the LAPACK routines as if they ran at the speed of a product of matrices; measured.
@@ -29,7 +30,7 @@ _ORDER_SECONDS = (
     1e-10  # of one thread, to compare two columns in one row when channels are put in order; measured
 )
 _ORDER_TOKENS = 8192
-_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM = 28, 15, 6
+_ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM, _REFIT_TO_CHOOSE = 28, 11, 6, 30
 
 
 def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
@@ -123,20 +124,30 @@ class _Job:
         """Share of the tokens that reach a linear."""
         return min(1.0, self.routed / len(linear.parameter)) if linear.routed else 1.0
 
-    def few_tokens(self, columns: int) -> bool:
+    def blends(self, routed: bool) -> bool:
+        """Whether a layer's target comes from the dense model as well: never that of a routed expert, to which
+        the dense model may send other tokens."""
+        return self.blend and not routed
+
+    def few_tokens(self, columns: int, routed: bool = False) -> bool:
         """Whether a damping is chosen by halves of the tokens."""
         settings = self.settings
-        return settings.damp is None and settings.compensates and self.tokens < 2 * columns
+        few = self.tokens < 2 * columns and not routed
+        return few and settings.damp is None and settings.compensates
 
-    def problems(self) -> Iterator[tuple[int, int]]:
-        """Rows and columns of every problem that is solved: linears that share input and pattern."""
+    def borrows(self, linear: LinearRef) -> bool:
+        """Whether an expert is shown tokens that the router sends elsewhere."""
+        return linear.routed and 0 < self.tokens * self.load(linear) < 2 * linear.shape[1]
+
+    def problems(self) -> Iterator[tuple[int, int, bool]]:
+        """Rows, columns and whether it is a routed expert of every problem: linears that share input and pattern."""
         for step in self.selection.steps:
             for group in step.groups().values():
                 rows: dict[str, int] = {}
                 for linear in group:
-                    text = str(step.pattern_of(linear.name))
+                    text = str(self.selection.patterns[linear.name])
                     rows[text] = rows.get(text, 0) + linear.shape[0]
-                yield from ((count, group[0].shape[1]) for count in rows.values())
+                yield from ((count, group[0].shape[1], group[0].routed) for count in rows.values())
 
 
 @dataclass(frozen=True)
@@ -171,35 +182,47 @@ def _work_bytes(job: _Job) -> int:
     """Memory at the peak beside the process and the model."""
     size = job.first.parameter.element_size()
     hidden = job.streams * job.tokens * job.first.shape[1] * size if job.settings.spill_dir is None else 0
-    forward = collected = trained = 0
+    forward = collected = lent = trained = 0
     for block in job.parts.blocks if job.tokens else ():
         # One batch inside a block: about every linear's input and output, and one input widened to float32.
         activations = sum(sum(linear.shape) * job.load(linear) for linear in block.linears) * size
         widened = 4 * max((linear.shape[1] for linear in block.linears), default=0)
-        forward = max(forward, int(job.batch_tokens * (activations + widened)))
+        # The dense model's inputs of all groups wait for the pruned model's.
+        inputs = {linear.group: linear.shape[1] * job.load(linear) for linear in block.linears}
+        waiting = size * sum(inputs.values()) * (job.streams - 1)
+        forward = max(forward, int(job.batch_tokens * (activations + widened + waiting)))
     for step in job.selection.steps:
-        groups = step.groups().values()
-        collected = max(collected, sum(_statistics_bytes(job, group[0].shape[1]) for group in groups))
+        firsts = [group[0] for group in step.groups().values()]
+        collected = max(collected, sum(_statistics_bytes(job, linear) for linear in firsts))
+        # What experts borrow is summed up apart from what they saw.
+        lent = max(lent, sum(_gram_bytes(linear.shape[1]) for linear in firsts if job.borrows(linear)))
         weights = sum(linear.shape[0] * linear.shape[1] for linear in step.linears)
         if job.reconstruct:
             # Weights in float32, their gradients and Adam's two moments; what autograd keeps of a batch.
             trained = max(trained, weights * (16 + size) + 3 * forward)
-    solved = max((_solve_bytes(job, *shape) for shape in job.problems()), default=0)
-    return hidden + max(collected + forward, collected + solved, trained)
+    solved = max((_solve_bytes(job, *problem) for problem in job.problems()), default=0)
+    return hidden + max(collected + lent + forward, collected + solved, trained)
 
 
-def _statistics_bytes(job: _Job, columns: int) -> int:
-    """Sums in float64 over the inputs of one group."""
+def _gram_bytes(columns: int) -> int:
+    """A sum in float64, of which panels of 512 rows hold what lies on and above the diagonal."""
+    return 8 * sum(min(_PANEL, columns - low) * (columns - low) for low in range(0, columns, _PANEL))
+
+
+def _statistics_bytes(job: _Job, first: LinearRef) -> int:
+    """Sums over the inputs of the group of a linear; the one against the dense model's inputs is a whole matrix."""
     if not job.tokens:
         return 0
-    return 8 * columns**2 * (1 + job.blend + job.few_tokens(columns))
+    columns, routed = first.shape[1], first.routed
+    whole = 8 * columns**2 * job.blends(routed)
+    return whole + _gram_bytes(columns) * (1 + job.few_tokens(columns, routed))
 
 
-def _solve_bytes(job: _Job, rows: int, columns: int) -> int:
+def _solve_bytes(job: _Job, rows: int, columns: int, routed: bool = False) -> int:
     """Copies in float32 of a problem's matrices that are alive at once."""
     if not job.tokens:
         return 4 * 3 * rows * columns
-    squares = {"alps": 8, "sparsegpt": 5, "mrp": 5}.get(job.settings.method, 4) + 2 * job.blend
+    squares = {"alps": 8, "sparsegpt": 5, "mrp": 5}.get(job.settings.method, 4) + 2 * job.blends(routed)
     return 4 * (squares * columns**2 + 8 * rows * columns)
 
 
@@ -210,25 +233,28 @@ def _seconds(job: _Job, rates: _Rates) -> float:
     for step, block in zip(job.selection.steps, job.parts.blocks):
         forward = job.tokens * _forward_seconds(job, block, rates)
         # The dense stream's pass, the pruned one's for the statistics, and its pass through the pruned block.
-        seconds += (1 + job.streams) * forward
+        seconds += (1 + job.streams + any(map(job.borrows, step.linears))) * forward
         if job.reconstruct and step.linears:
             weights = sum(linear.shape[0] * linear.shape[1] for linear in step.linears)
             updates = job.reconstruct.passes * job.tokens / job.batch_tokens
             # A pass forward and two backward over all tokens; Adam touches about 110 bytes of each weight.
             seconds += 3 * job.reconstruct.passes * forward + 110 * updates * weights * rates.byte
     for step in job.selection.steps:
-        for group in step.groups().values():
-            seconds += job.tokens * job.load(group[0]) * _statistics_seconds(job, group[0].shape[1], rates)
+        for first, *_ in step.groups().values():
+            tokens = job.tokens * job.load(first)
+            if job.borrows(first):
+                tokens = min(job.tokens, 2 * first.shape[1])
+            seconds += tokens * _statistics_seconds(job, first, rates)
     if job.settings.permute:
         seconds += _order_seconds(job, rates)
-    return seconds + sum(_solve_seconds(job, rates, *shape) for shape in job.problems())
+    return seconds + sum(_solve_seconds(job, rates, *problem) for problem in job.problems())
 
 
 def _order_seconds(job: _Job, rates: _Rates) -> float:
     """Of the search for an order of the channels: a pass of some tokens, scores of all weights, exchanges."""
     tokens = min(job.tokens, _ORDER_TOKENS)
     seconds = tokens * sum(_forward_seconds(job, block, rates) for block in job.parts.blocks)
-    for rows, columns in job.problems():
+    for rows, columns, _ in job.problems():
         comparisons = rows * columns * min(columns, WINDOW)
         seconds += comparisons * _ORDER_SECONDS / rates.threads + 160 * rows * columns * rates.byte
     return seconds
@@ -246,18 +272,19 @@ def _forward_seconds(job: _Job, block: Block, rates: _Rates) -> float:
     return products + attention + passes
 
 
-def _statistics_seconds(job: _Job, columns: int, rates: _Rates) -> float:
-    """Of one token in the sums over the inputs of a group."""
-    operations = columns**2 + 512 * columns + 2 * columns**2 * job.blend
+def _statistics_seconds(job: _Job, first: LinearRef, rates: _Rates) -> float:
+    """Of one token in the sums over the inputs of the group of a linear."""
+    columns = first.shape[1]
+    operations = columns**2 + 512 * columns + 2 * columns**2 * job.blends(first.routed)
     return operations / rates.gram + 2 * columns * rates.itemsize * rates.byte
 
 
-def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int) -> float:
+def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int, routed: bool = False) -> float:
     """Of one problem: target, mask and weights, refit, and the error that is reported."""
     method, options = job.settings.method, job.settings.options
     product, cube = 2 * rows * columns**2, columns**3
     sweep = 4 * rows * columns * rates.byte  # one read or write of the weights
-    work: float = (_CHOLESKY * cube + 2 * product) * (1 + job.blend)
+    work: float = (_CHOLESKY * cube + 2 * product) * (1 + job.blends(routed))
     seconds = 100 * columns**2 * rates.byte + 15 * sweep  # checks, casts, mask
     refit = product / rates.solve + 4 * sweep  # one iteration
     iterations = _REFIT_AFTER_ADMM if method == "alps" else _REFIT_ITERATIONS
@@ -271,9 +298,9 @@ def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int) -> float:
         # Inside a block of columns: a rank-1 update for each (sparsegpt), or a small system for each row (mrp).
         joint = method == "mrp" and options.variant != "SS"
         seconds += rows * columns * (width**2 / 4 * 1.5e-11 if joint else width / 2 * 0.2e-9)
-    if job.few_tokens(columns):
+    if job.few_tokens(columns, routed):
         # Five dampings, each fitted to either half of the tokens.
-        seconds += 10 * (2 * _REFIT_ITERATIONS * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
+        seconds += 10 * (_REFIT_TO_CHOOSE * refit + (_CHOLESKY * cube + 4 * product) / rates.solve)
     if options.refit == "exact":
         work += rows * (columns / 2) ** 3 / 3 / 0.2
     elif options.refit:

@@ -156,10 +156,6 @@ class Selection:
         """Every layer to prune, in running order."""
         return [linear for step in self.steps for linear in step.linears]
 
-    def pattern_of(self, name: str) -> Pattern:
-        """The pattern of a layer to prune."""
-        return self.patterns[name]
-
     @property
     def touched_parameters(self) -> int:
         """Weights in the layers to prune."""

@@ -171,7 +171,7 @@ def _reach(
     parts, wanted = describe(net), read_pattern(pattern)
     selection = select_linears(parts, wanted, include=include, exclude=exclude, strict=False)
     element = next(net.parameters()).element_size()
-    fits = {ref.name: selection.pattern_of(ref.name).fits_quads for ref in selection.linears()}
+    fits = {ref.name: selection.patterns[ref.name].fits_quads for ref in selection.linears()}
     dense, packed = (
         sum(
             linear_bytes(0, *ref.shape, element=element, sparse=packs and fits[ref.name])
