@@ -76,7 +76,6 @@ with Ranks.join(timeout=60) as ranks:
     single = values(ranks.rank).float()
     found = {
         "whole": ranks.sum_(values(ranks.rank)),
-        "upper": ranks.sum_(values(ranks.rank), upper=True).triu(),
         "strided": ranks.sum_(values(ranks.rank)[::3, ::2]),
         "float": ranks.sum_(single),
         "count": ranks.sum_(torch.tensor(ranks.rank + 1)),
@@ -125,7 +124,6 @@ def test_three_ranks_of_torchrun_get_the_same_bits(tmp_path):
     for rank, found in enumerate(results(tmp_path, 3)):
         assert found["size"] == 3
         assert torch.equal(found["whole"], total)
-        assert torch.equal(found["upper"], total.triu())
         assert torch.equal(found["strided"], total[::3, ::2])
         assert torch.equal(found["float"], rounded)
         assert torch.equal(found["in place"], rounded)
@@ -251,8 +249,6 @@ def test_one_process_makes_no_call_of_torch_distributed(monkeypatch):
             raise KeyError("mine")
         with pytest.raises(ValueError, match="w must be on one rank, it is on 0 of 1"):
             ranks.exchange({"w": None})
-        with pytest.raises(ValueError, match="square"):
-            ranks.sum_(weight, upper=True)
 
 
 @pytest.mark.parametrize(

@@ -129,25 +129,21 @@ class Ranks:
             loads[owners[piece]] += costs[piece]
         return owners
 
-    def sum_(self, tensor: torch.Tensor, *, upper: bool = False) -> torch.Tensor:
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all ranks, in place, in rank order: every rank gets the same bits.
 
         Floating tensors are added in float64, others in int64. A panel of 8 MiB travels at a time.
 
         Args:
             tensor: of one shape and dtype on all ranks.
-            upper: add only what lies on and above the diagonal of a square matrix; what lies below may hold
-                anything afterwards.
 
         Returns:
             The tensor.
 
         Raises:
-            ValueError: shapes or dtypes differ between ranks, or `upper` for what is no square matrix.
+            ValueError: shapes or dtypes differ between ranks.
             RankError: another rank is gone.
         """
-        if upper and (tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]):
-            raise ValueError(f"sum_ with upper=True needs a square matrix, got {list(tensor.shape)}")
         if self.size == 1:
             return tensor
         self.same("the tensor to add up", f"{list(tensor.shape)} {tensor.dtype}")
@@ -156,7 +152,7 @@ class Ranks:
         step = max(1, _PANEL_BYTES // (8 * max(1, rows[:1].numel())))
         with torch.no_grad():
             for number, low in enumerate(range(0, len(rows), step)):
-                panel = rows[low : low + step, low:] if upper else rows[low : low + step]
+                panel = rows[low : low + step]
                 total = self._total(panel.to(wide).cpu().contiguous(), number % self.size)
                 panel.copy_(total)
         return tensor
