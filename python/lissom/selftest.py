@@ -171,12 +171,13 @@ def _name_position(cases: list[tuple[int, int, int]], x: Tensor, y: Tensor, colu
     (nibble, slot, _), row, got = cases[n // 32], n % 32, y[m, n].item()
     named = (x == got).nonzero().tolist()
     read = f", which is x[{named[0][0]}, {named[0][1]}]" if named else ""
-    by_fragment = [int(wrong[:, part::32].sum()) for part in range(32)]
+    by_fragment = [int(wrong[:, first::32].sum()) for first in range(32)]
+    part = "index" if x.dtype == torch.int8 else "selector"  # int8: one selector, two instructions
     return (
         f"M = {len(x)}: {int(wrong.sum())} of {wrong.numel()} elements are wrong "
-        f"({sum(by_fragment[:16])} in fragment 0, {sum(by_fragment[16:])} in fragment 1, for 16-bit types the "
-        f"selector). First: y[{m}, {n}] must be x[{m}, {int(column[n])}] and is {got}{read}. Row {row % 16} of "
-        f"fragment {row // 16} (lanes {4 * (row % 8)} to {4 * (row % 8) + 3}), nibble 0x{nibble:X}, kept value {slot}"
+        f"({sum(by_fragment[:16])} with {part} 0, {sum(by_fragment[16:])} with {part} 1). First: y[{m}, {n}] must "
+        f"be x[{m}, {int(column[n])}] and is {got}{read}. Row {row % 16} of the fragment of {part} {row // 16} "
+        f"(lanes {4 * (row % 8)} to {4 * (row % 8) + 3}), nibble 0x{nibble:X}, kept value {slot}"
     )
 
 
