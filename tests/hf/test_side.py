@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Licence, notices and the card's word on them go from a model folder into what is made of it."""
 
+import fnmatch
+
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
 from lissom.hf.card import CardFacts, render_card
+from lissom.hf.loading import load_model
 from lissom.hf.side import ancestry, ancestry_of
 from lissom.models.tiny import build_tiny
 from lissom.pruning import prune, prune_folder
@@ -118,3 +121,15 @@ def test_a_model_that_was_not_loaded_has_no_origin():
     assert ancestry_of(model).front_matter == ["base_model: nobody/nothing-of-that-name"]
     model.name_or_path = "/a/folder/that/is gone"
     assert ancestry_of(model) is None
+
+
+def test_a_download_brings_the_licence(source, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **given: asked.update(given) or source
+    )
+    load_model("org/tiny", local_files_only=False)
+    for name in ("LICENSE", "LICENCE.txt", "NOTICE", "COPYING", "README.md", "model.safetensors"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"]), name

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What is made of a model takes these along.
+_RIGHTS = ["README.md", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 
 
 def load_model(
@@ -107,7 +109,8 @@ def _local_folder(path: str | os.PathLike[str], local_files_only: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=local_files_only, allow_patterns=_MODEL_FILES))
+        wanted = [*_MODEL_FILES, *_RIGHTS]
+        return Path(snapshot_download(name, local_files_only=local_files_only, allow_patterns=wanted))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"{name} is neither a folder nor a model in the local cache") from error
 
