@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "lissom"
+PUBLISHED = {"damp": 0.01, "blend": 0.0}
 # Name of a row -> arguments of prune_model.
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude", "refit": False, "blend": 0.0},
-    "wanda": {"method": "wanda", "refit": False, "blend": 0.0},
-    "sparsegpt": {"method": "sparsegpt", "refit": False, "blend": 0.0},
-    "sparsegpt+refit": {"method": "sparsegpt", "refit": True, "blend": 0.0},
-    "mrp": {"method": "mrp", "refit": False, "blend": 0.0},
-    "mrp+refit": {"method": "mrp", "refit": True, "blend": 0.0},
-    "alps": {"method": "alps", "refit": True, "blend": 0.0},
+    "magnitude": {"method": "magnitude", "refit": False, **PUBLISHED},
+    "wanda": {"method": "wanda", "refit": False, **PUBLISHED},
+    "sparsegpt": {"method": "sparsegpt", "refit": False, **PUBLISHED},
+    "sparsegpt+refit": {"method": "sparsegpt", "refit": True, **PUBLISHED},
+    "mrp": {"method": "mrp", "refit": False, **PUBLISHED},
+    "mrp+refit": {"method": "mrp", "refit": True, **PUBLISHED},
+    "alps": {"method": "alps", "refit": True, **PUBLISHED},
     "default": {"method": "alps", "refit": True},
     "default+permute": {"method": "alps", "refit": True, "permute": True},
     "default+reconstruct": {"method": "alps", "refit": True, "reconstruct": True},

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from lissom.models.stream import BlockStream
 from lissom.models.tiny import build_tiny, tiny_inputs
 from lissom.models.walk import describe
 from lissom.pruning import prune_model
-from lissom.pruning.collect import Statistics, borrow, halves
+from lissom.pruning.collect import Statistics, Texts, borrow, read_texts
 from lissom.pruning.damping import choose_damp
 from lissom.pruning.gram import Gram
 from lissom.pruning.parallel import Ranks
@@ -70,7 +72,7 @@ def test_halves_do_not_depend_on_batches_or_processes(padded):
     def marked(low, high, batch):
         shard = {name: tensor[low:high] for name, tensor in inputs.items()}
         stream = BlockStream(model, describe(model), shard, batch=batch)
-        return torch.cat(list(halves(stream, low, len(IDS))))
+        return torch.cat([texts.first for texts in read_texts(stream, low, len(IDS))])
 
     whole = marked(0, 5, 5)
     assert torch.equal(whole, marked(0, 5, 2))
@@ -87,7 +89,27 @@ def test_a_single_sequence_is_halved():
         ({"input_ids": IDS[:1], "attention_mask": mask}, [True] * 3 + [False] * 2),
     ):
         stream = BlockStream(model, describe(model), inputs)
-        assert next(halves(stream, 0, 1)).tolist() == wanted
+        texts = next(read_texts(stream, 0, 1))
+        assert texts.first.tolist() == wanted
+        assert texts.lengths == [len(wanted)]
+
+
+def test_a_token_far_off_does_not_decide_what_a_layer_aims_at():
+    """Its own input stands for the dense one; all other tokens, and the plain sum, are as they were."""
+    random = torch.Generator().manual_seed(0)
+    tokens, dense = torch.randn(2, 24, 16, generator=random)
+    dense[[0, 12]] *= 300
+    linear = describe(build_tiny("llama")).blocks[0].linears[0]
+    settings = Settings(data="unused", blend=0.3)
+    statistics = Statistics(
+        [replace(linear, module=torch.nn.Linear(16, 4))], settings, 1000, torch.device("cpu")
+    )
+    statistics.add(tokens, Texts([12, 0, 12], torch.ones(24, dtype=torch.bool)), dense)
+    moments = statistics.moments(torch.float64)
+    seen = dense.clone()
+    seen[[0, 12]] = tokens[[0, 12]]
+    torch.testing.assert_close(moments.cross, (seen.t() @ tokens).double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.gram, (tokens.t() @ tokens).double(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,22 @@ from .parallel import Ranks
 from .pattern import Pattern
 from .settings import Settings
 from .solver import Moments
+
+# Tokens whose inputs differ between the dense and the pruned model by as many times the median of their sequence.
+_OUTLYING = 20.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which sequences the tokens of a batch are of.
+
+    Attributes:
+        lengths: real tokens of each sequence.
+        first: bool [N], tokens of the first half of the calibration.
+    """
+
+    lengths: list[int]
+    first: torch.Tensor
 
 
 class Statistics:
@@ -55,23 +72,21 @@ class Statistics:
         """Tokens short of 2 per input."""
         return max(0, 2 * len(self.gram) - self.gram.tokens)
 
-    def add(
-        self, tokens: torch.Tensor, dense: torch.Tensor | None = None, first: torch.Tensor | None = None
-    ) -> None:
+    def add(self, tokens: torch.Tensor, texts: Texts, dense: torch.Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             tokens: [N, C], what the group reads in the pruned model.
+            texts: where they are from.
             dense: [N, C], what it reads in the dense one; None where both are the same.
-            first: bool [N], tokens of the first half; None where no halves are wanted.
         """
         if len(tokens) == 0:
             return
         self.gram.add(tokens)
-        if self.half is not None and first is not None:
-            self.half.add(tokens[first])
+        if self.half is not None:
+            self.half.add(tokens[texts.first])
         if self._cross is not None and dense is not None:
-            self._cross.add(dense, tokens)
+            self._cross.add(_within_reach(dense, tokens, texts.lengths), tokens)
             self._crossed = True
 
     def sum_over(self, ranks: Ranks) -> None:
@@ -110,11 +125,22 @@ class Statistics:
         return damp
 
 
-def halves(stream: BlockStream, start: int, sequences: int) -> Iterator[torch.Tensor]:
-    """Which real tokens of each batch belong to the first half of a calibration: every other sequence.
+def _within_reach(dense: torch.Tensor, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The dense model's inputs, but the pruned model's own for tokens at which both differ out of all proportion.
+
+    A few tokens (the first of a text) carry activations thousands of times larger than the rest. Where pruning
+    has changed those, their difference would be all that a least-squares target sees.
+    """
+    apart = (dense - tokens).float().square().sum(-1)
+    outlying = [part > _OUTLYING * part.median() for part in apart.split(lengths) if len(part)]
+    return torch.where(torch.cat(outlying)[:, None], tokens, dense)
+
+
+def read_texts(stream: BlockStream, start: int, sequences: int) -> Iterator[Texts]:
+    """Where the real tokens of each batch are from; the first half of a calibration is every other sequence.
 
     Whole sequences, because tokens of one text resemble each other; counted over all processes, so that the
-    halves do not depend on how many there are. Of a single sequence, the first half.
+    halves do not depend on how many there are. Of a single sequence, the first half of its tokens.
 
     Args:
         stream: this process's share.
@@ -122,18 +148,19 @@ def halves(stream: BlockStream, start: int, sequences: int) -> Iterator[torch.Te
         sequences: of the whole calibration.
 
     Yields:
-        Bool [N] for each batch.
+        One for each batch.
     """
-    length = stream.hidden.shape[1]
+    length, device = stream.hidden.shape[1], stream.hidden.device
     for low, high, real in stream.bounds():
+        count = high - low
+        lengths = [length] * count if real is None else real.view(count, length).sum(1).tolist()
         if sequences == 1:
-            place = torch.arange(length) if real is None else real.cpu().cumsum(0) - 1
-            count = length if real is None else int(real.sum())
-            first = place < (count + 1) // 2
+            first = torch.arange(lengths[0]) < (lengths[0] + 1) // 2
         else:
-            first = (torch.arange(start + low, start + high) % 2 == 0).repeat_interleave(length)
-        first = first.to(stream.hidden.device)
-        yield first if real is None else first[real]
+            first = (torch.arange(start + low, start + high) % 2 == 0).repeat_interleave(
+                torch.tensor(lengths)
+            )
+        yield Texts(lengths, first.to(device))
 
 
 def borrow(found: Mapping[str, Statistics], stream: BlockStream, tokens: int, ranks: Ranks) -> None:

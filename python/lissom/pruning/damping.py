@@ -13,19 +13,19 @@ from .refit import refit
 from .solver import relative_error
 
 FEW_TOKENS_DAMP = 0.1  # where no tokens can be held out
-_LEAST_DAMP, _SPREAD = 0.01, 0.3
+_LEAST_DAMP, _MOST_DAMP, _SPREAD = 0.01, 0.15, 0.3  # the most is that of 2 C tokens
 _CANDIDATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def usual_damp(columns: int, tokens: int) -> float:
-    """The damping for enough tokens, 0.3 C / T but at least 0.01: the fewer tokens, the more is chance in H.
+    """The damping for 2 C tokens and more, 0.3 C / T but at least 0.01: the fewer tokens, the more is chance in H.
 
     On inputs of a real model the best damping for other tokens was 0.15 at T = 3.4 C, 0.03 to 0.1 at 18 C
     (docs/notes/pruning.md).
 
     Args:
         columns: inputs C.
-        tokens: calibration tokens T, at least 2 C.
+        tokens: calibration tokens T.
 
     Returns:
         Share of the mean diagonal.
@@ -34,7 +34,7 @@ def usual_damp(columns: int, tokens: int) -> float:
         >>> usual_damp(1536, 65536), usual_damp(4864, 16384) > 0.08
         (0.01, True)
     """
-    return max(_LEAST_DAMP, _SPREAD * columns / tokens)
+    return min(max(_LEAST_DAMP, _SPREAD * columns / tokens), _MOST_DAMP)
 
 
 def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, pattern: Pattern) -> float:

@@ -17,7 +17,7 @@ from ..models.resident import Resident
 from ..models.spill import Spill
 from ..models.stream import BlockStream
 from ..models.walk import LinearRef, ModelMap
-from .collect import Statistics, borrow, halves
+from .collect import Statistics, Texts, borrow, read_texts
 from .pattern import Pattern
 from .reconstruct import Reconstruction, reconstruct_block
 from .report import BlockProgress, BlockReport, LayerReport
@@ -116,33 +116,32 @@ class _Streams:
         if step.linears and step.linears[0] is self.run.parts.head:
             self._collect_head(next(iter(found.values())))
         else:
-            for shown, dense, first in self._shown(list(found)):
+            for shown, dense, texts in self._shown(list(found)):
                 for group, tokens in shown.items():
-                    found[group].add(tokens, None if dense is None else dense[group], first)
+                    found[group].add(tokens, texts, None if dense is None else dense[group])
         for statistics in found.values():
             statistics.sum_over(settings.ranks)
         borrow(found, self.pruned, self.tokens, settings.ranks)
         self._differ = True
         return found
 
-    def _shown(self, groups: list[str]) -> Iterator[tuple[_Inputs, _Inputs | None, torch.Tensor]]:
-        """By batch: what the groups read in the pruned model, in the dense one where that differs, and its halves."""
-        halved = self._halves()
-        if self.dense is None:
-            for shown, first in zip(self.pruned.inputs(groups), halved, strict=True):
-                yield shown, None, first
-        elif not self._differ:
-            for shown, first in zip(self.dense.inputs(groups, advance=True), halved, strict=True):
-                yield shown, None, first
-        else:
+    def _shown(self, groups: list[str]) -> Iterator[tuple[_Inputs, _Inputs | None, Texts]]:
+        """By batch: what the groups read in the pruned model, in the dense one where that differs, and its texts."""
+        if self.dense is not None and self._differ:
             both = self.dense.inputs(groups, advance=True), self.pruned.inputs(groups)
-            for dense, shown, first in zip(*both, halved, strict=True):
-                yield shown, dense, first
+            for dense, shown, texts in zip(*both, self._texts(), strict=True):
+                yield shown, dense, texts
+        else:
+            stream = (
+                self.pruned.inputs(groups) if self.dense is None else self.dense.inputs(groups, advance=True)
+            )
+            for shown, texts in zip(stream, self._texts(), strict=True):
+                yield shown, None, texts
 
-    def _halves(self) -> Iterator[torch.Tensor]:
+    def _texts(self) -> Iterator[Texts]:
         assert self.run.calibration is not None
         sequences = len(next(iter(self.run.calibration.inputs.values())))
-        return halves(self.pruned, self.run.settings.ranks.shard(sequences).start, sequences)
+        return read_texts(self.pruned, self.run.settings.ranks.shard(sequences).start, sequences)
 
     def skip(self) -> None:
         """Move the dense stream over a block whose pruned weights are known already, before they are written."""
@@ -160,11 +159,11 @@ class _Streams:
 
     def _collect_head(self, statistics: Statistics) -> None:
         tail = [self.run.resident.model.get_submodule(name) for name in self.run.parts.tail]
-        for (hidden, mask), first in zip(self.pruned.batches(), self._halves(), strict=True):
+        for (hidden, mask), texts in zip(self.pruned.batches(), self._texts(), strict=True):
             for module in tail:
                 hidden = module(hidden)
             tokens = hidden.reshape(-1, hidden.shape[-1])
-            statistics.add(tokens if mask is None else tokens[mask], first=first)
+            statistics.add(tokens if mask is None else tokens[mask], texts)
 
 
 def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[BlockReport]]:
