@@ -4,7 +4,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from lissom.pruning import Options, prune_weight
+from lissom.models.tiny import build_tiny
+from lissom.pruning import Options, prune_model, prune_weight
 from lissom.pruning.pattern import Pattern
 from lissom.pruning.refit import refit_exactly
 from lissom.pruning.solver import relative_error
@@ -107,3 +108,12 @@ def test_groups_with_too_many_choices_take_the_other_mask(layer):
     assert ((usual != 0).reshape(8, 2, 32).sum(-1) == 16).all()
     with pytest.raises(ValueError, match=r"16:32 has 601,080,390 of them .* use SM"):
         prune_weight(weight, gram, pattern="16:32", method="mrp", options=Options(variant="MM"))
+    tokens = torch.randint(3, 97, (4, 24))
+    with pytest.raises(ValueError, match="mask M tries every choice"):  # before any layer is solved
+        prune_model(
+            build_tiny("llama"),
+            pattern={"re:.*": "16:32"},
+            method="mrp",
+            data=tokens,
+            options=Options(variant="MM"),
+        )

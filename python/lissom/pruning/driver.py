@@ -19,7 +19,9 @@ from ..models.resident import Resident
 from ..models.stream import evaluating
 from ..models.walk import UnsupportedModelError, describe, plain_name
 from .arrange import check_permutable, permute_channels
+from .mrp import check_variant
 from .parallel import Ranks
+from .pattern import Pattern
 from .report import BlockReport, LayerReport, PruneReport
 from .selection import Selection, read_pattern, select_linears
 from .settings import Settings
@@ -139,6 +141,11 @@ def read_settings(arguments: Mapping[str, Any]) -> Settings:
     """
     settings = Settings(**arguments)
     check_options(settings.method, settings.options)
+    if settings.method == "mrp":
+        pattern = read_pattern(settings.pattern)
+        for each in [pattern] if isinstance(pattern, Pattern) else pattern.values():
+            if each is not None:
+                check_variant(each, settings.options.variant)
     if settings.reconstruct is not None and settings.data is None:
         raise ValueError("reconstruct trains blocks on calibration data; got data=None")
     if settings.blend and not settings.compensates:

@@ -17,15 +17,6 @@ from .sparsegpt import prune_by_sparsegpt
 _MOST_CHOICES = 500  # in a group; mask M tries each of them on every row
 
 
-def choices(pattern: Pattern) -> int | None:
-    """Sets of weights that can go from one group, C(m, n); None for an unstructured pattern.
-
-    Args:
-        pattern: what to prune.
-    """
-    return None if pattern.group is None else comb(pattern.group, pattern.pruned_per_group)
-
-
 def check_variant(pattern: Pattern, variant: str | None) -> str:
     """The variant asked for, or the usual one: MM where a group has few choices, SM elsewhere.
 
@@ -39,7 +30,7 @@ def check_variant(pattern: Pattern, variant: str | None) -> str:
     Raises:
         ValueError: mask M where there are too many sets to choose from.
     """
-    sets = choices(pattern)
+    sets = None if pattern.group is None else comb(pattern.group, pattern.pruned_per_group)
     few = sets is not None and sets <= _MOST_CHOICES
     if variant is None:
         return "MM" if few else "SM"
