@@ -39,7 +39,7 @@ def test_blended_targets_pair_the_dense_and_the_pruned_stream(blend):
         solved = {}
         for linear in block.linears:
             inputs, wanted = _seen(expected, linear.name), _seen(dense, linear.name)
-            assert _spread(wanted - inputs) < 20  # no token so far off that it keeps its own target
+            assert _spread(wanted - inputs) < 100  # no token so far off that it keeps its own target
             moments = Moments(inputs.t() @ inputs, wanted.t() @ inputs, blend)
             (result,) = prune_group(
                 [linear.weight()], moments, pattern=Pattern.parse("2:4"), method="sparsegpt", options=EXACT

@@ -19,7 +19,7 @@ from .settings import Settings
 from .solver import Moments
 
 # Tokens whose inputs differ between the dense and the pruned model by as many times the median of their sequence.
-_OUTLYING = 20.0
+_OUTLYING = 100.0
 
 
 @dataclass(frozen=True)
