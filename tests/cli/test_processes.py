@@ -60,10 +60,11 @@ def test_two_processes_do_what_one_does(command, together, flags, tmp_path):
     expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
-        # Sums in another order may tip a mask over where two choices are as good.
+        # Sums in another order may tip a mask over where two choices are as good; the whole row then changes with it.
         alike = (found[name] != 0) == (weight != 0)
         assert alike.float().mean() > 0.998, name
-        assert (found[name] - weight)[alike].norm() < 0.02 * weight.norm(), name
+        rows = alike.reshape(len(weight), -1).all(1)
+        assert (found[name] - weight)[rows].norm() < 0.02 * weight.norm(), name
     errors = [[layer["relative_error"] for layer in r["prunes"][0]["layers"]] for r in (alone.json, report)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     perplexities = [r["quality"]["after"]["perplexity"] for r in (alone.json, report)]
