@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lissom.pruning.gram import CrossGram, Gram, damped, inverse_factor, matmul_precision
+from lissom.pruning.gram import CrossGram, Gram, damp_, inverse_factor, matmul_precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -85,7 +85,7 @@ def test_precision_is_restored_after_an_error():
 def test_factor_of_the_inverse(columns):
     inputs = torch.randn(200, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = inputs.t() @ inputs
-    factor = inverse_factor(damped(gram, 0.01, "layer"))
+    factor = inverse_factor(damp_(gram.clone(), 0.01, "layer"))
     hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(hessian), rtol=1e-12, atol=1e-16)
     assert torch.equal(factor, factor.triu())
@@ -98,8 +98,8 @@ def test_factor_of_the_inverse(columns):
 def test_failed_factorisation_raises_the_damping_aloud():
     gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
     with pytest.warns(UserWarning, match=r"layer 3: Cholesky .* damp 0.01; trying 0.1"):
-        factor = inverse_factor(damped(gram, 0.01, "layer 3"))
-    torch.testing.assert_close(factor, inverse_factor(damped(gram, 0.1, "layer 3")))
+        factor = inverse_factor(damp_(gram.clone(), 0.01, "layer 3"))
+    torch.testing.assert_close(factor, inverse_factor(damp_(gram.clone(), 0.1, "layer 3")))
 
 
 def test_hopeless_matrix_is_an_error_not_an_identity():
@@ -107,4 +107,4 @@ def test_hopeless_matrix_is_an_error_not_an_identity():
         pytest.warns(UserWarning, match="trying 1"),
         pytest.raises(ValueError, match="not positive definite"),
     ):
-        damped(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")
+        damp_(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")

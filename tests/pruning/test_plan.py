@@ -132,8 +132,9 @@ def test_experts_that_see_few_tokens_borrow_some():
 @pytest.mark.parametrize(("rows", "columns"), [(96, 128), (384, 128)])
 def test_solve_is_charged_for_the_products_that_it_does(model, monkeypatch, method, rows, columns):
     """Factorisations count nothing here: the flop counter does not know them (nor products in place)."""
-    monkeypatch.setattr(plan, "_EIGEN", 0)
-    monkeypatch.setattr(plan, "_CHOLESKY", 0)
+    for routine in ("_BANDED", "_INVERSE", "_CHOLESKY"):
+        monkeypatch.setattr(plan, routine, 0)
+    monkeypatch.setattr(plan, "_THIN", 1)
     unit = plan._Rates(model=1.0, solve=1.0, gram=1.0, byte=0.0, itemsize=4, threads=1)
     settings = plan.Settings(data="", method=method, damp=0.01, blend=0.0, options=Options(refit=False))
     job = plan._Job(settings, None, None, 1)

@@ -7,6 +7,7 @@ import torch
 
 from ..ops.solver import solver_admm_mask, solver_admm_step_
 from .problem import Problem, Solution
+from .shifted import shifted_solve
 
 _ITERATIONS = 28
 # Penalty in units of the normalised Hessian (unit diagonal), from loose to tight.
@@ -24,8 +25,8 @@ def prune_by_alps(problem: Problem) -> Solution:
         V = V + rho (X - D)
 
     The dual V is zero on what is kept and rho (X + V / rho) on what is pruned, so Z = X + V / rho and its
-    mask are the whole state. One eigendecomposition H = Q diag(e) Q^T serves every rho: an iteration is two
-    products of [R, C] with [C, C] (for many rows one, with the inverse formed) and one pass over the weights.
+    mask are the whole state. An iteration is two products of [R, C] with [C, C] (for many rows one, with the
+    inverse formed; `shifted_solve`) and one pass over the weights.
     ALPS raises rho by how fast the mask settles; a geometric schedule of fixed length finds masks as good and
     costs the same for every layer.
 
@@ -37,29 +38,23 @@ def prune_by_alps(problem: Problem) -> Solution:
     """
     assert problem.hessian is not None, "prune_group checks it"
     scale = problem.hessian.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh(problem.hessian / (scale[:, None] * scale))
+    hessian = problem.hessian / (scale[:, None] * scale)
     weight = problem.weight * scale
-    pull = ((weight @ vectors) * values) @ vectors.t()  # W H
+    pull = weight @ hessian
+    solve = shifted_solve(hessian, len(weight))
+    del hessian  # not needed beside the basis of wide layers: as large
     rise = (_RHO_LAST / _RHO_FIRST) ** (1 / (_ITERATIONS - 1))
     rho = _RHO_FIRST
-    sparse = weight.masked_fill(problem.mark(weight.abs(), scope="row"), 0)
-    right = pull.add(sparse, alpha=rho)
+    right = weight.masked_fill(problem.mark(weight.abs(), scope="row"), 0).mul_(rho).add_(pull)
     dual = torch.zeros_like(weight)  # V in units of the next penalty
-    spare = torch.empty_like(weight)
-    tall = len(weight) > 2 * len(vectors)
+    spare = weight
     for step in range(_ITERATIONS):
-        if tall:
-            inverse = (vectors / (values + rho)) @ vectors.t()
-            dense, spare = torch.mm(right, inverse, out=spare), right
-        else:
-            torch.mm(right, vectors, out=spare)
-            dense = torch.mm(spare.div_(values + rho), vectors.t(), out=right)
-        right = dense
+        right, spare = solve(right, rho, spare)
         if step < _ITERATIONS - 1:
-            _project_(problem, dense, dual, pull, (rho, rho * rise))
+            _project_(problem, right, dual, pull, (rho, rho * rise))
             rho *= rise
-    _project_(problem, dense, dual, None, (1.0, 1.0))  # leaves the sparse copy itself
-    return Solution(dense / scale, solver_admm_mask(dual))
+    _project_(problem, right, dual, None, (1.0, 1.0))  # leaves the sparse copy itself
+    return Solution(right / scale, solver_admm_mask(dual))
 
 
 def _project_(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .gram import Gram, damped
+from .gram import Gram, damp_
 from .pattern import Pattern, mark
 from .refit import refit
 from .solver import relative_error
@@ -63,7 +63,7 @@ def choose_damp(weights: Sequence[torch.Tensor], whole: Gram, half: Gram, patter
         scores = weight.abs() * fitted.diagonal().clamp_min(0).sqrt()
         pruned = mark(scores, pattern, scope="row", rows=rows, block=128)
         for damp in _CANDIDATES:
-            solved = refit(weight, damped(fitted, damp, whole.name), pruned)
+            solved = refit(weight, damp_(fitted.clone(), damp, whole.name), pruned)
             lost[damp] += relative_error(weight, solved, held_out)
     best = min(range(len(_CANDIDATES)), key=lambda place: lost[_CANDIDATES[place]])
     return _CANDIDATES[max(best - 1, 0)]

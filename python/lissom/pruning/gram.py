@@ -190,8 +190,8 @@ def check_gram(gram: torch.Tensor, columns: int, name: str) -> None:
         raise ValueError(f"{wanted}, got entries that differ by {skew:.3g} across the diagonal")
 
 
-def damped(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
-    """H + lambda I with lambda = damp * mean(diag(H)), raised until the matrix is positive definite.
+def damp_(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
+    """H + lambda I with lambda = damp * mean(diag(H)), raised until the matrix is positive definite. In place.
 
     Args:
         gram: H [C, C], symmetric; inputs that were zero on every token get a diagonal of 1.
@@ -199,17 +199,17 @@ def damped(gram: torch.Tensor, damp: float, name: str) -> torch.Tensor:
         name: the layer, for warnings.
 
     Returns:
-        Tensor [C, C], positive definite.
+        The same matrix, positive definite.
 
     Raises:
         ValueError: the matrix is not positive definite even with damp 1.
     """
-    hessian, diagonal = gram.clone(), gram.diagonal()
+    diagonal = gram.diagonal().clone()
     mean = diagonal.mean()
     while True:
-        hessian.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal) + damp * mean)
-        if torch.linalg.cholesky_ex(hessian).info.item() == 0:
-            return hessian
+        gram.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal) + damp * mean)
+        if torch.linalg.cholesky_ex(gram).info.item() == 0:
+            return gram
         if damp >= 1.0:
             raise ValueError(
                 f"{name}: the Gram matrix is not positive definite even with damp 1; check the inputs"
@@ -233,6 +233,6 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor [C, C], upper triangular.
     """
-    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye)

@@ -19,13 +19,15 @@ from .reconstruct import Reconstruction
 from .report import PrunePlan
 from .selection import Selection, read_pattern, select_linears
 from .settings import Settings
+from .shifted import BAND
 from .solver import COMPENSATING
 
 _PANEL = 512  # rows of a panel of a Gram matrix, as `Gram` keeps it
 _PROCESS_BYTES = 380 << 20  # Python, torch and transformers before the first weight; measured
 _BYTE_SECONDS = 1.25e-10  # of one thread in an elementwise operation on large tensors; measured
-# Operations of the LAPACK routines as if they ran at the speed of a product of matrices; measured.
-_EIGEN, _CHOLESKY = 14, 2
+# Operations on a C x C matrix, over C^3, as if they ran at the speed of a product of matrices; measured.
+_BANDED, _INVERSE, _CHOLESKY = 5, 3, 2
+_THIN = 3  # times as slow are products as narrow as the band; measured
 _ORDER_SECONDS = (
     1e-10  # of one thread, to compare two columns in one row when channels are put in order; measured
 )
@@ -222,7 +224,7 @@ def _solve_bytes(job: _Job, rows: int, columns: int, routed: bool = False) -> in
     """Copies in float32 of a problem's matrices that are alive at once."""
     if not job.tokens:
         return 4 * 3 * rows * columns
-    squares = {"alps": 8, "sparsegpt": 5, "mrp": 5}.get(job.settings.method, 4) + 2 * job.blends(routed)
+    squares = {"alps": 5, "sparsegpt": 4, "mrp": 4}.get(job.settings.method, 3) + 2 * job.blends(routed)
     return 4 * (squares * columns**2 + 8 * rows * columns)
 
 
@@ -289,8 +291,11 @@ def _solve_seconds(job: _Job, rates: _Rates, rows: int, columns: int, routed: bo
     refit = product / rates.solve + 4 * sweep  # one iteration
     iterations = _REFIT_AFTER_ADMM if method == "alps" else _REFIT_ITERATIONS
     if method == "alps":
-        tall = rows > 2 * columns
-        work += _EIGEN * cube + _ADMM_ITERATIONS * (2 * cube + product if tall else 2 * product)
+        if rows > columns:
+            work += _ADMM_ITERATIONS * (_INVERSE * cube + product)
+        else:
+            inside = _THIN * 4 * BAND * rows * columns
+            work += _BANDED * cube + _ADMM_ITERATIONS * (2 * product + inside)
         seconds += 8 * _ADMM_ITERATIONS * sweep
     elif method in COMPENSATING:
         work += 2 * _CHOLESKY * cube + product / 2

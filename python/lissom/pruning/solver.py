@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 
 from .alps import prune_by_alps
-from .gram import check_gram, damped, matmul_precision
+from .gram import check_gram, damp_, matmul_precision
 from .mrp import prune_by_mrp
 from .pattern import Pattern, check_frozen
 from .problem import Options, Problem, Solution
@@ -152,17 +152,19 @@ def prune_group(
     with matmul_precision("ieee"):
         # Scores are squares of weights: large ones would overflow, and infinite scores cannot be ranked.
         shift = _excess(stacked)
-        problem = _pose(
-            stacked * 2.0**-shift if shift else stacked,
-            moments,
-            rows=rows,
-            pattern=pattern,
-            damp=damp,
-            options=options or Options(),
-            frozen=preserve,
-            name=name,
+        solution = _solve(
+            _pose(
+                stacked * 2.0**-shift if shift else stacked,
+                moments,
+                rows=rows,
+                pattern=pattern,
+                damp=damp,
+                options=options or Options(),
+                frozen=preserve,
+                name=name,
+            ),
+            solve,
         )
-        solution = _solve(problem, solve)
         found = solution.weight * 2.0**shift if shift else solution.weight
         results = []
         for weight, solved, mask in zip(weights, found.split(rows), solution.pruned.split(rows)):
@@ -187,13 +189,17 @@ def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tenso
     shift = _excess(original)
     if shift:
         original, change = original * 2.0**-shift, change * 2.0**-shift
-    gram = _normalised(gram, gram.dtype, _magnitude(gram))
     change = change - original
-    lost = ((change @ gram) * change).sum(dtype=torch.float64).item()
-    whole = ((original @ gram) * original).sum(dtype=torch.float64).item()
+    lost, whole = _energy(change, gram), _energy(original, gram)
     if whole <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / whole
+
+
+def _energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(W H W^T), over a power of two that belongs to H: half of it on either side, so that H is not copied."""
+    scaled = weight * 2.0 ** -(_magnitude(gram) // 2)
+    return (scaled @ gram).mul_(scaled).sum(dtype=torch.float64).item()
 
 
 def _pose(
@@ -211,12 +217,14 @@ def _pose(
     if moments is None:
         return Problem(weight, None, None, pattern, rows, frozen, options)
     magnitude = _magnitude(moments.gram)
-    gram = _normalised(moments.gram, weight.dtype, magnitude)
-    norms = gram.diagonal().sqrt()
-    hessian = damped(gram, damp, name)
+    hessian = _normalised(moments.gram, weight.dtype, magnitude)
+    norms = hessian.diagonal().sqrt()
+    apart = None
     if moments.cross is not None and moments.blend > 0:
-        cross = _normalised(moments.cross, weight.dtype, magnitude)
-        weight = blended_target(weight, gram, hessian, replace(moments, gram=gram, cross=cross))
+        apart = _normalised(moments.cross, weight.dtype, magnitude).sub_(hessian)
+    damp_(hessian, damp, name)
+    if apart is not None:
+        weight = blended_target(weight, hessian, apart, moments.blend)
     return Problem(weight * (norms > 0), hessian, norms, pattern, rows, frozen, options)
 
 
@@ -260,7 +268,7 @@ def _stored(solved: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, name: 
 
 
 def blended_target(
-    weight: torch.Tensor, gram: torch.Tensor, hessian: torch.Tensor, moments: Moments
+    weight: torch.Tensor, hessian: torch.Tensor, apart: torch.Tensor, blend: float
 ) -> torch.Tensor:
     """The dense weight whose outputs on the pruned model's inputs come nearest to a blend of two targets.
 
@@ -270,17 +278,17 @@ def blended_target(
 
     Args:
         weight: W [R, C].
-        gram: X X^T [C, C].
-        hessian: H = X X^T + lambda I.
-        moments: with `cross` and `blend`.
+        hessian: H = X X^T + lambda I [C, C].
+        apart: X_dense X^T - X X^T [C, C].
+        blend: b, of the dense model's outputs.
 
     Returns:
         Tensor [R, C].
     """
-    assert moments.cross is not None
-    shift = weight @ (moments.cross.to(weight.dtype) - gram)
     lower = torch.linalg.cholesky(hessian)
-    return weight + moments.blend * torch.cholesky_solve(shift.t(), lower).t()
+    half = torch.linalg.solve_triangular(lower.t(), weight @ apart, upper=True, left=False)
+    shift = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+    return torch.add(weight, shift, alpha=blend)  # in the layout of the first, row by row
 
 
 def _solve(problem: Problem, method: Callable[[Problem], Solution]) -> Solution:
