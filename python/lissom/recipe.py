@@ -79,6 +79,7 @@ class Output(Strict):
     format: Literal["packed", "dense"] = "packed"
     max_shard_size: str = "5GB"
     report: bool = True
+    stream: bool = False
 
 
 class Recipe(Strict):
@@ -114,7 +115,25 @@ class Recipe(Strict):
                 raise ValueError(
                     f"data is missing: {reader} needs calibration text, 'data: {{source: FILE}}' (--data FILE)"
                 )
+        misfit = self._unstreamable() if self.output and self.output.stream else None
+        if misfit:
+            raise ValueError(f"output.stream (--stream) keeps one block of the model in memory: {misfit}")
         return self
+
+    def _unstreamable(self) -> str | None:
+        """What of the recipe needs the whole model in memory, and what to do about it."""
+        step = self.steps[0].prune if len(self.steps) == 1 else None
+        if step is None:
+            return "its recipe is one prune step and no other"
+        if step.permute:
+            return "permute orders the channels of the whole model; leave it out"
+        if step.allocate:
+            return "allocate measures the whole model; give a pattern"
+        if self.evaluate and (self.evaluate.perplexity or self.evaluate.tasks):
+            return "perplexity and tasks need the whole model; run 'lissom eval' on the result where it fits"
+        if self.output and self.output.format == "packed":
+            return "it writes ordinary weights with zeros, format 'dense' (--format dense)"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values; reading it again gives an equal recipe."""

@@ -209,7 +209,7 @@ class _Making:
                 steps.check_texts(recipe)
                 self._claim(overwrite=overwrite)
         self.overwrite = overwrite or resume
-        self.session = Session(recipe, self.emit, state=self.state, ranks=ranks)
+        self.session = Session(recipe, self.emit, state=self.state, ranks=ranks, overwrite=self.overwrite)
 
     def run(self) -> RunResult:
         """All stages; a run that fails before its first finished block leaves nothing behind."""
@@ -242,9 +242,11 @@ class _Making:
         after = (
             steps.measure_perplexity(self.session, self.evaluation) if self.evaluation.perplexity else None
         )
-        report = self._report(before, after, packing)
-        self._save(before, after)
-        room = getattr(self.session.model.config.get_text_config(), "max_position_embeddings", None)
+        if not self.settings.stream:
+            self._save(before, after)
+        config = self._config()
+        report = self._report(before, after, packing, config)
+        room = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.session.release()
         self._measure(report, prompt=min(_PROMPT, (room or _PROMPT * 2) // 2))
         report["seconds"] = time.perf_counter() - self.began
@@ -342,12 +344,23 @@ class _Making:
             max_shard_size=self.settings.max_shard_size,
         )
 
+    def _config(self) -> Any:
+        """The config of the model that was made; a streamed one was never in memory as a whole."""
+        if not self.settings.stream:
+            return self.session.model.config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.output, local_files_only=True)
+
     def _report(
-        self, before: dict[str, Any] | None, after: dict[str, Any] | None, packing: dict[str, int]
+        self,
+        before: dict[str, Any] | None,
+        after: dict[str, Any] | None,
+        packing: dict[str, int],
+        config: Any,
     ) -> dict[str, Any]:
         import lissom
 
-        model, config = self.session.model, self.session.model.config
         made = getattr(config, "lissom", None) or {}
         calibration = made.get("calibration") or {}
         quality = (
@@ -362,7 +375,7 @@ class _Making:
             "model": {
                 "source": self.recipe.model,
                 "family": config.model_type,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": str(config.dtype).removeprefix("torch."),
                 "parameters": self.session.prunes[0]["total_parameters"] if self.session.prunes else None,
             },
             "recipe": self.recipe.to_dict(),

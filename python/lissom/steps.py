@@ -18,7 +18,7 @@ from lissom.reporting.files import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lissom.pruning import Ranks
+    from lissom.pruning import PruneReport, Ranks
 
 Event = dict[str, Any]
 
@@ -31,6 +31,7 @@ class Session:
     emit: Callable[[Event], None]
     state: Path | None = None
     ranks: Ranks | None = None
+    overwrite: bool = False
     prunes: list[dict[str, Any]] = field(default_factory=list)
     _model: PreTrainedModel | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
@@ -65,14 +66,19 @@ class Session:
             )
         return facts.model_folder(self.recipe.model)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the model goes from folder to folder, one block at a time, and is never loaded."""
+        return self.recipe.output is not None and self.recipe.output.stream
+
     def release(self) -> None:
         """Let go of the model, so that its memory can serve the next one."""
         self._model = None
 
 
 def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
-    """Prune the session's model in place; finished blocks are kept in `session.state`."""
-    from lissom.pruning import Ranks, prune_model
+    """Prune the session's model in place, or its folder into the output; `session.state` keeps finished blocks."""
+    from lissom.pruning import Ranks
 
     data = session.recipe.data
 
@@ -96,8 +102,8 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
     settings = _settings(session.recipe, step)
     if step.allocate:
         settings["pattern"] = _allocate(session, step, ranks, state)
-    report = prune_model(
-        session.model,
+    report = _prune(
+        session,
         **settings,
         data=_texts(data),
         tokenizer=session.tokenizer if data else None,
@@ -110,6 +116,25 @@ def prune(session: Session, step: recipes.PruneStep) -> dict[str, Any]:
     result = report.to_dict()
     session.prunes.append(result)
     return result
+
+
+def _prune(session: Session, **arguments: Any) -> PruneReport:
+    from lissom.pruning import prune_folder, prune_model
+
+    output = session.recipe.output
+    if output is None or not output.stream:
+        return prune_model(session.model, **arguments)
+    import torch
+
+    name = session.recipe.dtype
+    return prune_folder(
+        session.source,
+        output.dir,
+        dtype=None if name == "auto" else getattr(torch, name),
+        overwrite=session.overwrite,
+        spill_dir=session.state if arguments["data"] is not None else None,
+        **arguments,
+    )
 
 
 def _settings(recipe: Recipe, step: recipes.PruneStep) -> dict[str, Any]:
@@ -339,6 +364,9 @@ def plan(recipe: Recipe, verb: str, settings: Any) -> dict[str, Any]:
 
         skeleton = facts.skeleton(recipe.model or "", dtype=recipe.dtype)
         given = {**_settings(recipe, settings), "data": recipe.data.source if recipe.data else None}
+        if recipe.output and recipe.output.stream:
+            spill = f"{recipe.output.dir}.lissom-state" if recipe.data else None
+            return plan_prune(skeleton, streamed=True, spill_dir=spill, **given).to_dict()
         if not settings.allocate:
             return plan_prune(skeleton, **given).to_dict()
         # What will be chosen is not known: at most every layer that can be pruned, with the first pattern.

@@ -39,6 +39,7 @@ def prune(
     lenient: options.Lenient = False,
     preserve_mask: options.PreserveMask = False,
     form: options.Form = "packed",
+    stream: options.Stream = False,
     eval_text: options.Text = None,
     windows: options.Windows = 8,
     speed: options.Speed = True,
@@ -66,7 +67,7 @@ def prune(
         "data": calibration if data else None,
         "steps": [{"prune": step}],
         "evaluate": {"perplexity": eval_text, "windows": windows, "speed": speed, "kernels": kernels},
-        "output": {"dir": str(output), "format": form},
+        "output": {"dir": str(output), "format": form, "stream": stream},
     }
     voice = Voice(
         json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, resume=resume, overwrite=overwrite

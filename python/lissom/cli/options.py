@@ -103,6 +103,10 @@ PreserveMask = Annotated[
     bool, typer.Option("--preserve-mask", help="Weights that are zero already stay so, and count.")
 ]
 Form = Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="One block of the model in memory at a time; needs --format dense."),
+]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")]
 

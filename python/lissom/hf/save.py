@@ -145,7 +145,7 @@ def _write_card(
 def _modules_to_pack(model: nn.Module, format: str) -> list[str]:
     if format not in ("packed", "dense"):
         raise ValueError(f"format must be 'packed' or 'dense', got {format!r}")
-    modules = [name for name, _ in _two_four_linears(model)]
+    modules = [name for name, _ in two_four_linears(model)]
     if format == "packed" and not modules:
         raise ValueError(
             "no linear of this model is 2:4: prune it first (lissom.prune), or save with format='dense'"
@@ -153,8 +153,8 @@ def _modules_to_pack(model: nn.Module, format: str) -> list[str]:
     return modules
 
 
-def _two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the linears that are, or can be, packed. A weight with two owners stays dense: both read it."""
+def two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the linears that are, or can be, packed, by name. A weight with two owners stays dense: both read it."""
     owners: dict[int, int] = {}
     for parameter in (p for m in model.modules() for p in m.parameters(recurse=False)):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -188,7 +188,7 @@ def _linear_weight(module: nn.Module) -> torch.Tensor | None:
 
 def _packed_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state = model.state_dict()
-    for name, module in _two_four_linears(model):
+    for name, module in two_four_linears(model):
         if not isinstance(module, Sparse24Linear):
             weight = _linear_weight(module)
             assert weight is not None

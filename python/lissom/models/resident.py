@@ -19,7 +19,7 @@ from ..hf.checkpoint import CONFIG_NAME, check_folder, read_config
 from ..hf.side import CARD_NAME, ancestry, copy_side_files
 from .origin import Origin, find_origins, load_buffers, skeleton, tie
 from .shards import ShardWriter, Stored, stored_tensors
-from .walk import UnsupportedModelError, uncompiled
+from .walk import UnsupportedModelError, packing_obstacles, uncompiled
 
 if TYPE_CHECKING:
     from ..hf.card import CardFacts
@@ -289,6 +289,7 @@ class Output:
         self._folder = folder
         self._target = target
         self._shards = ShardWriter(folder)
+        self._two_four = 0
 
     def write(self, *parts: str | nn.Module) -> None:
         """Write weights as they are in memory now, to one file.
@@ -299,7 +300,14 @@ class Output:
         Raises:
             ValueError: a weight is not in memory, or was written before.
         """
+        from ..hf.save import two_four_linears
+
         self._shards.add(self._resident.stored(*parts))
+        model = self._resident.model
+        dense = {id(model.get_submodule(name)) for name in packing_obstacles(model)}
+        for part in parts:
+            if isinstance(part, nn.Module):
+                self._two_four += sum(id(linear) not in dense for _, linear in two_four_linears(part))
 
     def _finish(self) -> None:
         from ..hf.card import CardFacts, render_card
@@ -320,7 +328,7 @@ class Output:
             facts,
             config["lissom"],
             format="dense",
-            packed_modules=0,
+            packed_modules=self._two_four,
             existing=existing,
             base=ancestry(source),
         )

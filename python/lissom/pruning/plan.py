@@ -35,11 +35,12 @@ _ORDER_TOKENS = 8192
 _ADMM_ITERATIONS, _REFIT_ITERATIONS, _REFIT_AFTER_ADMM, _REFIT_TO_CHOOSE = 28, 11, 6, 30
 
 
-def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
+def plan_prune(model: nn.Module, *, streamed: bool = False, **arguments: Any) -> PrunePlan:
     """Say what `prune_model` with these arguments would touch, and estimate its memory and time.
 
     Args:
         model: a transformers model; may live on the meta device.
+        streamed: by `prune_folder`, which has one block of the model in memory at a time.
         **arguments: as for `prune_model`. Calibration data is not read; leave it out, or say `data=None` for a
             run without.
 
@@ -68,7 +69,7 @@ def plan_prune(model: nn.Module, **arguments: Any) -> PrunePlan:
         left=selection.left,
         touched_parameters=selection.touched_parameters,
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        peak_bytes=_PROCESS_BYTES + _model_bytes(model) + _work_bytes(job),
+        peak_bytes=_PROCESS_BYTES + _peak_bytes(model, job, streamed=streamed),
         estimated_seconds=_seconds(job, _Rates.measure(job.first.parameter.dtype)),
     )
 
@@ -176,8 +177,17 @@ def _routed(model: Any) -> int:
     return getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
 
 
-def _model_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+def _peak_bytes(model: nn.Module, job: _Job, *, streamed: bool) -> int:
+    """Of the model, and of the work; what is outside the blocks of a streamed model is needed before the work."""
+    whole, work = _module_bytes(model), _work_bytes(job)
+    if not streamed:
+        return whole + work
+    blocks = [_module_bytes(block.module) for block in job.parts.blocks]
+    return max(whole - sum(blocks), max(blocks) + work)
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _work_bytes(job: _Job) -> int:

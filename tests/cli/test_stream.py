@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lissom prune --stream`: from folder to folder, one block of the model in memory at a time."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lissom.recipe import RecipeError, build_recipe
+from lissom.run import plan_recipe, run_recipe
+
+
+@pytest.fixture
+def streamed(command, tiny_model, few):
+    def call(output, *more):
+        return command("prune", tiny_model, "-o", output, *few, "--format", "dense", *more)
+
+    return call
+
+
+def _tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_same_model_as_one_in_memory(streamed, tmp_path, monkeypatch):
+    import lissom.hf
+
+    assert streamed(tmp_path / "whole").code == 0
+    monkeypatch.setattr(lissom.hf, "load_model", lambda *_, **__: pytest.fail("the whole model was loaded"))
+    assert streamed(tmp_path / "out", "--stream").code == 0
+    whole, out = _tensors(tmp_path / "whole"), _tensors(tmp_path / "out")
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in whole.items())
+    reports = [
+        json.loads((tmp_path / name / "lissom-report.json").read_text(encoding="utf-8"))
+        for name in ("whole", "out")
+    ]
+    for key in ("model", "quality"):
+        assert reports[0][key] == reports[1][key]
+    cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("whole", "out")]
+    assert cards[0] == cards[1]
+    assert "| 2:4 linears | 28 |" in cards[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_taken_folder_is_left_alone_without_overwrite(streamed, tmp_path):
+    assert streamed(tmp_path / "out", "--stream", "--method", "wanda").code == 0
+    before = _tensors(tmp_path / "out")
+    answer = streamed(tmp_path / "out", "--stream")
+    assert answer.code == 1
+    assert "already holds a model" in answer.err
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _tensors(tmp_path / "out").items())
+    assert streamed(tmp_path / "out", "--stream", "--overwrite").code == 0
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in _tensors(tmp_path / "out").items())
+
+
+def test_an_interrupted_run_goes_on(streamed, few, tmp_path, tiny_model, calibration):
+    values = {
+        "model": str(tiny_model),
+        "threads": 1,
+        "data": {"source": str(calibration), "samples": 2, "seq_len": 32},
+        "steps": [{"prune": {}}],
+        "output": {"dir": str(tmp_path / "out"), "format": "dense", "stream": True, "report": False},
+    }
+
+    def stop(event):
+        if event.get("done") == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="fewer than 2 per input"):
+        run_recipe(build_recipe(values), on_event=stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.lissom-state"]
+    seen = []
+    run_recipe(build_recipe(values), resume=True, on_event=seen.append)
+    assert [event["resumed"] for event in seen if event["event"] == "progress"] == [True, True, False, False]
+    assert streamed(tmp_path / "whole").code == 0
+    whole = _tensors(tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in _tensors(tmp_path / "out").items())
+
+
+def test_magnitude_streams_without_data(command, tiny_model, tmp_path):
+    flags = ["--method", "magnitude", "--refit", "off", "--format", "dense", "--stream"]
+    assert command("prune", tiny_model, "-o", tmp_path / "out", *flags).code == 0
+    assert "| 2:4 linears | 28 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_plan_counts_one_block(streamed, tmp_path):
+    plans = [
+        streamed(tmp_path / "out", "--dry-run", "--json", *more).json["steps"][0]
+        for more in ([], ["--stream"])
+    ]
+    assert plans[0]["touched"] == plans[1]["touched"]
+    assert plans[0]["peak_bytes"] - plans[1]["peak_bytes"] > 2e6  # the bundled model has 4 MB
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"output": {"format": "packed"}}, r"format 'dense' \(--format dense\)"),
+        ({"steps": [{"prune": {"permute": True}}]}, "permute orders the channels of the whole model"),
+        ({"steps": [{"prune": {"allocate": {"share": 0.5}}}]}, "allocate measures the whole model"),
+        ({"steps": [{"prune": {}}, {"prune": {}}]}, "one prune step and no other"),
+        ({"steps": [{"inspect": {}}]}, "one prune step and no other"),
+        ({"evaluate": {"perplexity": "t.txt"}}, "run 'lissom eval' on the result"),
+        ({"evaluate": {"tasks": ["arc_easy"]}}, "run 'lissom eval' on the result"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(change, words):
+    output = {"dir": "out", "format": "dense", "stream": True, **change.pop("output", {})}
+    values = {"model": "m", "data": {"source": "c.txt"}, "steps": [{"prune": {}}], "output": output, **change}
+    with pytest.raises(RecipeError, match=words):
+        build_recipe(values)
+
+
+def test_a_streamed_plan_knows_its_recipe(tiny_model, tmp_path):
+    values = {
+        "model": str(tiny_model),
+        "steps": [{"prune": {"method": "magnitude", "refit": False}}],
+        "output": {"dir": str(tmp_path / "out"), "format": "dense", "stream": True},
+    }
+    assert plan_recipe(build_recipe(values))["recipe"]["output"]["stream"] is True
