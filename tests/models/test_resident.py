@@ -386,6 +386,7 @@ def test_an_expert_of_another_shape_is_refused(folder):
 MEASURE = """
     import resource, sys
     import torch
+    import lissom.hf.save  # what an output needs from there
     from lissom.models.resident import Resident
 
     def peak():
