@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from lissom.evaluation import data
 from lissom.evaluation.data import calibration_windows, leading_token, read_calibration
 
 TEXT = "".join(f"{number} " for number in range(2000))  # every stretch of it is unique
@@ -37,6 +38,43 @@ def test_short_text_is_sampled_with_overlap(tokenizer):
     windows = calibration_windows([TEXT[:100]], tokenizer, samples=30, seq_len=64)
     assert windows.shape == (30, 64)
     assert all(_text_of(row, tokenizer) in TEXT[:100] for row in windows)
+
+
+def test_of_long_texts_pieces_are_drawn(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "_WHOLE", 1000)
+    monkeypatch.setattr(data, "_PIECE", 100)
+    seen = []
+    whole = data.tokenize
+    monkeypatch.setattr(data, "tokenize", lambda texts, _: seen.append(texts) or whole(texts, tokenizer))
+    short, lines = TEXT[:950], [f"line {number}\n" for number in range(3000)]
+    for texts in ([short], [TEXT], ["x" * 5000], lines):
+        calibration_windows(texts, tokenizer, samples=2, seq_len=8, seed=1)
+    whole_text, words, one_word, many_texts = seen
+    assert whole_text == [short]
+    for pieces in (words, one_word, many_texts):
+        assert 1000 <= sum(map(len, pieces)) < 1100
+        assert all(0 < len(piece) <= 100 for piece in pieces)
+    places = [TEXT.index(piece) for piece in words]
+    assert places == sorted(set(places))
+    assert places[-1] > 4000  # not the beginning of the text alone
+    assert all(piece.endswith(" ") for piece in words)
+    assert set(many_texts) <= set(lines)
+    again = [data._pieces([TEXT], 1000, seed) for seed in (1, 1, 2)]
+    assert again[0] == again[1] == words != again[2]
+
+
+def test_cutting_loses_nothing(monkeypatch):
+    monkeypatch.setattr(data, "_PIECE", 50)
+    for text in ("", "a", "a" * 50, "a" * 51, TEXT[:777], "word\n" * 40, "\n" * 120, "é ü\n" * 100):
+        assert "".join(data._cut(text)) == text
+
+
+def test_many_tokens_get_the_text_that_they_need(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "_WHOLE", 100)
+    monkeypatch.setattr(data, "_PIECE", 100)
+    windows = calibration_windows([TEXT], tokenizer, samples=16, seq_len=32)
+    assert windows.shape == (16, 32)
+    assert len(set(map(tuple, windows.tolist()))) == 16
 
 
 def test_texts_are_joined_by_the_end_token(tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,6 +18,10 @@ _LONGEST_PATH, _SHOWN = (
     200,
     80,
 )  # characters: what is longer may be a whole text, of which a message shows so many
+
+# Texts of up to _WHOLE characters (a good second, 0.4 GB), or _PER_TOKEN for each token wanted, are tokenized whole; of
+# longer ones as many characters in pieces of _PIECE.
+_WHOLE, _PER_TOKEN, _PIECE = 1 << 22, 8, 1 << 16
 
 Source = str | PathLike[str] | Sequence[str] | torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -66,7 +70,9 @@ def calibration_windows(
     """Windows of tokens drawn at random from a text.
 
     The text is cut into windows at a random offset and `samples` of them are drawn without repetition; only a
-    text that is too short for that is sampled at random starts, where windows overlap. The first token of a
+    text that is too short for that is sampled at random starts, where windows overlap. Of texts of more than 4
+    million characters (and 8 for each token wanted) pieces of up to 65,536 are drawn first, so that a corpus of any
+    size takes a second to tokenize. The first token of a
     window is replaced by the beginning-of-text token when the tokenizer puts one in front of every text
     (Gemma, Llama).
 
@@ -123,7 +129,7 @@ def read_calibration(
     if tokenizer is None:
         raise ValueError("calibration text needs the model's tokenizer; pass tokenizer=")
     texts, digest = read_texts(data, field=field)
-    stream = tokenize(texts, tokenizer)
+    stream = tokenize(_pieces(texts, max(_WHOLE, _PER_TOKEN * samples * seq_len), seed), tokenizer)
     windows = _draw(stream, samples, seq_len, seed)
     start = leading_token(tokenizer)
     if start is not None:
@@ -192,6 +198,32 @@ def leading_token(tokenizer: Any) -> int | None:
     """The beginning-of-text token if the tokenizer puts it in front of every text, else None."""
     first = tokenizer("a")["input_ids"][:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None
+
+
+def _pieces(texts: Sequence[str], limit: int, seed: int) -> list[str]:
+    """Texts of up to `limit` characters as they are; of more, as many pieces of them at random, in their order."""
+    if sum(map(len, texts)) <= limit:
+        return list(texts)
+    cut = [piece for text in texts for piece in _cut(text)]
+    drawn, taken = [], 0
+    for place in torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed)).tolist():
+        drawn.append(place)
+        taken += len(cut[place])
+        if taken >= limit:
+            break
+    return [cut[place] for place in sorted(drawn)]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of a text that end with a line, or with a word where a line is very long."""
+    low = 0
+    while len(text) - low > _PIECE:
+        half, high = low + _PIECE // 2, low + _PIECE
+        end = text.rfind("\n", half, high) + 1 or text.rfind(" ", half, high) + 1 or high
+        yield text[low:end]
+        low = end
+    if low < len(text):
+        yield text[low:]
 
 
 def _draw(stream: torch.Tensor, samples: int, seq_len: int, seed: int) -> torch.Tensor:
