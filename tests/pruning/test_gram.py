@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lissom.pruning.gram import CrossGram, Gram, damp_, inverse_factor, matmul_precision
+from lissom.pruning.gram import CrossGram, Gram, check_gram, damp_, inverse_factor, matmul_precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -108,3 +108,26 @@ def test_hopeless_matrix_is_an_error_not_an_identity():
         pytest.raises(ValueError, match="not positive definite"),
     ):
         damp_(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.1, "layer")
+
+
+@pytest.mark.parametrize("columns", [1, 511, 512, 513, 1100])
+def test_sums_and_checks_by_panels(columns):
+    """Across the borders of panels of 512 columns."""
+    random = torch.Generator().manual_seed(0)
+    dense, inputs = (torch.randn(20, columns, generator=random, dtype=torch.float64) for _ in range(2))
+    cross = CrossGram(columns)
+    cross.add(dense[:7], inputs[:7])
+    cross.add(dense[7:], inputs[7:])
+    torch.testing.assert_close(cross.matrix(torch.float64), dense.t() @ inputs)
+    gram = inputs.t() @ inputs
+    check_gram(gram, columns, "layer")
+    for row, column in {(0, columns - 1), (columns - 1, columns // 2)}:
+        if row != column:
+            skewed = gram.clone()
+            skewed[row, column] += gram.diagonal().max()
+            with pytest.raises(ValueError, match="differ by .* across the diagonal"):
+                check_gram(skewed, columns, "layer")
+        broken = gram.clone()
+        broken[row, column] = float("nan")
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            check_gram(broken, columns, "layer")

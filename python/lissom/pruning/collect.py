@@ -131,8 +131,11 @@ def _within_reach(dense: torch.Tensor, tokens: torch.Tensor, lengths: list[int])
     A few tokens (the first of a text) carry activations thousands of times larger than the rest. Where pruning
     has changed those, their difference would be all that a least-squares target sees.
     """
-    apart = (dense - tokens).float().square().sum(-1)
-    outlying = [part > _OUTLYING * part.median() for part in apart.split(lengths) if len(part)]
+    outlying = []
+    for left, right in zip(dense.split(lengths), tokens.split(lengths)):
+        apart = (left - right).float().square().sum(-1)
+        if len(apart):
+            outlying.append(apart > _OUTLYING * apart.median())
     return torch.where(torch.cat(outlying)[:, None], tokens, dense)
 
 

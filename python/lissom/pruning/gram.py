@@ -12,7 +12,7 @@ import torch
 
 from .parallel import Ranks
 
-_PANEL = 512  # columns per panel of the symmetric product: only panels on and above the diagonal are computed
+_PANEL = 512  # columns per panel of a product: of the symmetric one, only panels on and above the diagonal are computed
 
 
 @contextmanager
@@ -144,7 +144,8 @@ class CrossGram:
     def add(self, dense: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add the same tokens [N, C] as both models see them."""
         with _product(dense) as left, _product(inputs) as right:
-            self._sum += left.t() @ right
+            for low in range(0, len(self._sum), _PANEL):
+                self._sum[low : low + _PANEL] += left[:, low : low + _PANEL].t() @ right
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add up what all processes of a run have seen."""
@@ -180,13 +181,14 @@ def check_gram(gram: torch.Tensor, columns: int, name: str) -> None:
     wanted = f"{name}: H must be the symmetric [{columns}, {columns}] sum of x x^T over calibration inputs"
     if gram.shape != (columns, columns) or not gram.is_floating_point():
         raise ValueError(f"{wanted}, got {list(gram.shape)} {gram.dtype}")
-    if not torch.isfinite(gram).all():
+    if not all(torch.isfinite(part).all() for part in gram.split(_PANEL)):
         raise ValueError(f"{wanted}, got infinite or NaN entries")
     diagonal = gram.diagonal()
     if (diagonal < 0).any():
         raise ValueError(f"{wanted}, got a negative diagonal entry ({diagonal.min().item():.3g})")
-    skew = (gram - gram.t()).abs().max().item() if columns else 0.0
-    if skew > 1e-4 * diagonal.max().item():
+    panels = [slice(low, low + _PANEL) for low in range(0, columns, _PANEL)]
+    skew = max(((gram[panel] - gram[:, panel].t()).abs().max().item() for panel in panels), default=0.0)
+    if columns and skew > 1e-4 * diagonal.max().item():
         raise ValueError(f"{wanted}, got entries that differ by {skew:.3g} across the diagonal")
 
 

@@ -192,13 +192,14 @@ def sweep(run: Run, state: PruneState | None) -> tuple[list[LayerReport], list[B
             statistics = streams.collect(step)
         elif streams is not None and ahead:
             streams.skip()
+        run.resident.trim()
         clock.lap("collect")
         if state is not None and resumed[number]:
             weights, reports = state.load(number)
         else:
             weights, reports = _solve_step(run, step, statistics)
         for linear in step.linears:
-            linear.weight().copy_(weights[linear.name])
+            linear.weight().copy_(weights.pop(linear.name))
         clock.lap("solve")
         losses = None
         if run.settings.reconstruct and streams is not None and number in to_solve:
