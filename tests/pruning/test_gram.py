@@ -125,7 +125,7 @@ def test_sums_and_checks_by_panels(columns):
         if row != column:
             skewed = gram.clone()
             skewed[row, column] += gram.diagonal().max()
-            with pytest.raises(ValueError, match="differ by .* across the diagonal"):
+            with pytest.raises(ValueError, match="across the diagonal"):
                 check_gram(skewed, columns, "layer")
         broken = gram.clone()
         broken[row, column] = float("nan")
