@@ -131,8 +131,6 @@ class Recipe(Strict):
             return "allocate measures the whole model; give a pattern"
         if self.evaluate and (self.evaluate.perplexity or self.evaluate.tasks):
             return "perplexity and tasks need the whole model; run 'lissom eval' on the result where it fits"
-        if self.output and self.output.format == "packed":
-            return "it writes ordinary weights with zeros, format 'dense' (--format dense)"
         return None
 
     def to_dict(self) -> dict[str, Any]:

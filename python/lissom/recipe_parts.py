@@ -188,18 +188,12 @@ class PruneStep(Strict):
 
     def unpackable(self) -> str | None:
         """The pattern, or entry of the map, that the packed form cannot hold; None when all fit or stay dense."""
-        from lissom.pruning.selection import PatternMap
+        from lissom.pruning.selection import unpackable
 
-        if self.allocate:
-            entries = PatternMap({option: option for option in self.allocate.patterns})
-        elif isinstance(self.pattern, dict):
-            entries = PatternMap(self.pattern)
-        else:
-            entries = PatternMap({str(self.pattern): self.pattern})
-        for key, pattern in entries.items():
-            if pattern is not None and not pattern.fits_quads:
-                return f"{key!r}: {str(pattern)!r}" if isinstance(self.pattern, dict) else repr(key)
-        return None
+        if self.pattern is not None:
+            return unpackable(self.pattern)
+        options = self.allocate.patterns if self.allocate else []
+        return next(filter(None, map(unpackable, options)), None)
 
 
 class EvalStep(Strict):

@@ -316,6 +316,8 @@ class _Making:
         """Swap 2:4 linears for packed ones, so that their kernels are what is evaluated; their bytes."""
         if self.settings.format != "packed":
             return {}
+        if self.settings.stream:
+            return facts.packed_bytes(self.output)
         from lissom.nn import Sparse24Linear, sparsify
 
         self.emit({"event": "stage", "text": "packing"})
@@ -410,7 +412,11 @@ class _Making:
             report["quality"] = {**(report["quality"] or {}), "tasks": self._tasks(source)}
         if self.settings.format != "packed":
             return
-        if self.evaluation.speed:
+        if self.evaluation.speed and self.settings.stream:
+            self._say(
+                f"not timed, the model was never in memory: lissom bench generation {self.output} does it"
+            )
+        elif self.evaluation.speed:
             from lissom.benchmark import generation
 
             self.emit({"event": "stage", "text": "timing dense against packed"})

@@ -131,6 +131,7 @@ def _prune(session: Session, **arguments: Any) -> PruneReport:
         session.source,
         output.dir,
         dtype=None if name == "auto" else getattr(torch, name),
+        format=output.format,
         overwrite=session.overwrite,
         spill_dir=session.state if arguments["data"] is not None else None,
         **arguments,

@@ -6,7 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from lissom.hf import check_folder
+from lissom.nn import Sparse24Linear
 from lissom.recipe import RecipeError, build_recipe
 from lissom.run import plan_recipe, run_recipe
 
@@ -14,7 +17,8 @@ from lissom.run import plan_recipe, run_recipe
 @pytest.fixture
 def streamed(command, tiny_model, few):
     def call(output, *more):
-        return command("prune", tiny_model, "-o", output, *few, "--format", "dense", *more)
+        form = [] if "--format" in more else ["--format", "dense"]
+        return command("prune", tiny_model, "-o", output, *few, *form, *more)
 
     return call
 
@@ -42,6 +46,47 @@ def test_the_same_model_as_one_in_memory(streamed, tmp_path, monkeypatch):
     assert cards[0] == cards[1]
     assert "| 2:4 linears | 28 |" in cards[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_packed_as_the_whole_model_is(streamed, tmp_path):
+    packed = ("--format", "packed", "--no-speed")
+    assert streamed(tmp_path / "whole", *packed).code == 0
+    answer = streamed(tmp_path / "out", "--stream", "--format", "packed")
+    assert answer.code == 0
+    assert "lissom bench generation" in answer.err, "the model was never in memory: nothing can be timed"
+    whole, out = _tensors(tmp_path / "whole"), _tensors(tmp_path / "out")
+    assert sum(name.endswith(".weight_meta") for name in out) == 28
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in whole.items())
+    configs, sizes, cards = [], [], []
+    for folder in (tmp_path / "whole", tmp_path / "out"):
+        configs.append(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        sizes.append(json.loads((folder / "lissom-report.json").read_text(encoding="utf-8"))["size"])
+        cards.append((folder / "README.md").read_text(encoding="utf-8"))
+    for key in ("lissom", "quantization_config"):
+        assert configs[0][key] == configs[1][key]
+    assert cards[0] == cards[1]
+    assert sizes[0]["linears_output_bytes"] == sizes[1]["linears_output_bytes"]
+    assert sizes[0]["linears_source_bytes"] == sizes[1]["linears_source_bytes"]
+    check_folder(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, Sparse24Linear) for module in model.modules()) == 28
+
+
+def test_dense_now_and_packed_later_is_the_same(streamed, command, tmp_path):
+    assert streamed(tmp_path / "dense", "--stream").code == 0
+    assert streamed(tmp_path / "packed", "--stream", "--format", "packed").code == 0
+    assert command("convert", tmp_path / "dense", tmp_path / "converted").code == 0
+    packed, converted = _tensors(tmp_path / "packed"), _tensors(tmp_path / "converted")
+    assert packed.keys() == converted.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in packed.items())
+    configs = [
+        json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        for name in ("packed", "converted")
+    ]
+    for config in configs:
+        config["quantization_config"]["modules"].sort()
+    assert configs[0] == configs[1]
 
 
 def test_a_taken_folder_is_left_alone_without_overwrite(streamed, tmp_path):
@@ -98,7 +143,6 @@ def test_the_plan_counts_one_block(streamed, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"output": {"format": "packed"}}, r"format 'dense' \(--format dense\)"),
         ({"steps": [{"prune": {"permute": True}}]}, "permute orders the channels of the whole model"),
         ({"steps": [{"prune": {"allocate": {"share": 0.5}}}]}, "allocate measures the whole model"),
         ({"steps": [{"prune": {}}, {"prune": {}}]}, "one prune step and no other"),

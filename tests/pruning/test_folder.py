@@ -6,6 +6,10 @@ import sys
 import pytest
 import torch
 
+import lissom
+from lissom.hf import CheckpointError, convert_folder, load_model
+from lissom.hf.quantizer import packed_modules
+from lissom.models.families import FAMILIES
 from lissom.models.resident import Resident
 from lissom.models.tiny import build_tiny
 from lissom.pruning import prune_folder, prune_model
@@ -33,6 +37,71 @@ def test_folder_is_pruned_like_the_model(tmp_path, family, options):
     for (name, tensor), found in zip(model.state_dict().items(), written.state_dict().values()):
         assert torch.equal(tensor, found), name
     assert written.config.lissom["method"] == "alps"
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.head])
+def test_packed_folder_is_the_saved_model(tmp_path, family):
+    arguments = {"method": "magnitude", "strict": False}
+    model = build_tiny(family)
+    model.save_pretrained(tmp_path / "in")
+    for form in ("dense", "packed"):
+        prune_folder(tmp_path / "in", tmp_path / form, format=form, **arguments)
+    prune_model(model, **arguments)
+    saved = lissom.save(model, tmp_path / "saved")
+    written = load_model(tmp_path / "packed")
+    assert packed_modules(written).keys() == set(saved.modules)
+    expected = load_model(tmp_path / "saved").state_dict()
+    assert written.state_dict().keys() == expected.keys()
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    if family == "gpt2":  # its Conv1D weights are 2:4 along the other dimension of what is stored
+        with pytest.raises(CheckpointError, match="Conv1D, is no linear"):
+            convert_folder(tmp_path / "dense", tmp_path / "converted")
+        return
+    report = convert_folder(tmp_path / "dense", tmp_path / "converted")
+    assert {layer.name.removesuffix(".weight") for layer in report.packed} == set(saved.modules)
+    assert load_model(tmp_path / "converted").state_dict().keys() == expected.keys()
+
+
+def test_an_output_layer_is_packed_too(tmp_path):
+    build_tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "in")
+    arguments = {"method": "magnitude", "pattern": {"lm_head": "2:4"}, "include": ["lm_head"]}
+    prune_folder(tmp_path / "in", tmp_path / "out", format="packed", **arguments)
+    assert packed_modules(load_model(tmp_path / "out")).keys() == {"lm_head"}
+
+
+def test_weights_keep_their_stored_type_when_packed(tmp_path):
+    build_tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    arguments = {"method": "magnitude", "dtype": torch.float32}
+    prune_folder(tmp_path / "in", tmp_path / "out", format="packed", **arguments)
+    model = load_model(tmp_path / "out")
+    assert {module.weight.dtype for module in packed_modules(model).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"format": "packed", "pattern": "50%"}, "holds at most two of every four weights, got '50%'"),
+        ({"format": "packed", "pattern": {"re:.*mlp.*": "4:8"}}, r"got 're:\.\*mlp\.\*': '4:8'"),
+        ({"format": "gguf"}, "format must be 'packed' or 'dense', got 'gguf'"),
+    ],
+)
+def test_formats_that_do_not_fit_are_refused_at_once(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        prune_folder(tmp_path / "absent", tmp_path / "out", method="magnitude", **arguments)
+
+
+def test_nothing_to_pack_leaves_nothing(tmp_path):
+    build_tiny("llama").save_pretrained(tmp_path / "in")
+    resident = Resident.open(tmp_path / "in")
+    layer = resident.model.model.layers[0]
+    with (
+        pytest.raises(ValueError, match="no linear that was written is 2:4"),
+        resident.saving(tmp_path / "out", packed=True) as output,
+        resident.block(layer),
+    ):
+        output.write(layer)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path):

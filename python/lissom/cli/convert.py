@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lissom convert`: a folder in a retired 2:4 format becomes a packed one."""
+"""`lissom convert`: a folder with 2:4 weights, in a retired format or dense, becomes a packed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _SCALES = ("auto", "kernel", "plain")
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Folder: sparse-24-bitmask, sparse-bitmask or marlin-24.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Folder: sparse-24-bitmask, sparse-bitmask, marlin-24, or dense."
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write.")],
     *,
@@ -42,7 +45,7 @@ def convert(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Turn a 2:4 checkpoint that nothing else runs any more into a packed one."""
+    """Turn a 2:4 checkpoint, dense or in a format that nothing else runs any more, into a packed one."""
     voice = Voice(json=json, quiet=quiet, verbose=verbose, dry_run=dry_run, overwrite=overwrite)
     with voice.guard():
         _check("--dtype", dtype, _DTYPES)

@@ -105,7 +105,7 @@ PreserveMask = Annotated[
 Form = Annotated[str, typer.Option("--format", help="packed (small and fast, needs lissom) or dense.")]
 Stream = Annotated[
     bool,
-    typer.Option("--stream", help="One block of the model in memory at a time; needs --format dense."),
+    typer.Option("--stream", help="One block of the model in memory at a time."),
 ]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time dense against packed afterwards.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels for the roofline.")]

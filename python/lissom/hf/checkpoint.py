@@ -112,6 +112,28 @@ def check_format(quantization: Mapping[str, Any]) -> list[str]:
     return modules
 
 
+def packed_entry(modules: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` entry of config.json that `check_format` reads.
+
+    Args:
+        modules: the names of the packed modules.
+
+    Returns:
+        The entry.
+
+    Example:
+        >>> check_format(packed_entry(["mlp.up"]))
+        ['mlp.up']
+    """
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "pattern": PATTERN,
+        "meta_layout": META_LAYOUT,
+        "modules": list(modules),
+    }
+
+
 def find_weight_files(folder: Path) -> list[Path]:
     """Lists the safetensors files of a model folder, following the shard index where there is one.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns folders in retired 2:4 formats into packed ones, one tensor at a time."""
+"""Turns folders with 2:4 weights, in retired formats or dense, into packed ones, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from lissom.hf.atomic import replacing_directory
 from lissom.hf.card import CardFacts, render_card
 from lissom.hf.checkpoint import (
     CONFIG_NAME,
-    FORMAT_VERSION,
-    META_LAYOUT,
     META_SUFFIX,
-    METHOD,
     PATTERN,
     check_folder,
+    packed_entry,
 )
 from lissom.hf.foreign.canonical import Foreign
 from lissom.hf.foreign.declared import without_declaration
+from lissom.hf.foreign.dense import FORMAT as DENSE
 from lissom.hf.foreign.plan import Layer, Plan, Scales, make_plan
 from lissom.hf.side import CARD_NAME, copy_side_files, side_files
 from lissom.models.shards import ShardWriter, Stored
@@ -87,12 +86,13 @@ def convert_folder(
     overwrite: bool = False,
     on_event: Listener | None = None,
 ) -> ConvertReport:
-    """Converts a local model folder in a retired 2:4 format into a packed one.
+    """Converts a local model folder with 2:4 weights, in a retired format or dense, into a packed one.
 
-    Reads `sparse-24-bitmask` and `sparse-bitmask` of compressed-tensors, and marlin-24 as compressed-tensors, vLLM's
-    GPTQ loader and Sparse-Marlin name its tensors. Weights that were stored as integers are dequantised. Tensors in
-    no such format are copied bit for bit, tokenizer and other side files too. Of the weights, one at a time is in
-    memory. The target appears when it is complete; an interruption leaves it as it was.
+    Reads `sparse-24-bitmask` and `sparse-bitmask` of compressed-tensors, marlin-24 as compressed-tensors, vLLM's
+    GPTQ loader and Sparse-Marlin name its tensors, and ordinary weights with their zeros, of which the linears that
+    are 2:4 are packed. Weights that were stored as integers are dequantised. Other tensors are copied bit for bit,
+    tokenizer and other side files too. Of the weights, one at a time is in memory. The target appears when it is
+    complete; an interruption leaves it as it was.
 
     Args:
         source: folder with config.json and safetensors weights, in one file or several.
@@ -138,7 +138,7 @@ def convert_folder(
 def plan_conversion(
     source: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, scales: Scales = "auto"
 ) -> ConvertReport:
-    """Says what :func:`convert_folder` would do; of the weights it reads no more than bit masks.
+    """Says what :func:`convert_folder` would do; it reads bit masks and dense matrices, no other weights.
 
     Args:
         source, dtype, scales: as for :func:`convert_folder`.
@@ -333,20 +333,17 @@ def _new_config(plan: Plan) -> dict[str, Any]:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
     before = config.get("lissom")
+    before = before if isinstance(before, dict) else {}
     formats = sorted({layer.format.partition(",")[0] for layer in plan.layers})
-    config["lissom"] = (before if isinstance(before, dict) else {}) | {
+    made = f"converted from {' and '.join(formats)}"
+    config["lissom"] = before | {
         "version": lissom.__version__,
-        "method": f"converted from {' and '.join(formats)}",
+        "method": before.get("method", made) if formats == [DENSE] else made,
         "pattern": PATTERN,
         "format": "packed",
     }
     if plan.writer:
         config["lissom"]["writer"] = plan.writer
-    config["quantization_config"] = {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "pattern": PATTERN,
-        "meta_layout": META_LAYOUT,
-        "modules": [layer.name.removesuffix(".weight") for layer in plan.layers if layer.packed],
-    }
+    packed = [layer.name.removesuffix(".weight") for layer in plan.layers if layer.packed]
+    config["quantization_config"] = packed_entry(packed)
     return config

@@ -163,7 +163,7 @@ def two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, Sparse24Linear):
             yield name, module
             continue
-        weight = _linear_weight(module)
+        weight = linear_weight(module)
         if (
             weight is None
             or name in obstacles
@@ -175,8 +175,8 @@ def two_four_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _linear_weight(module: nn.Module) -> torch.Tensor | None:
-    """The ``[N, K]`` weight of a dense linear; GPT-2's Conv1D keeps it transposed."""
+def linear_weight(module: nn.Module) -> torch.Tensor | None:
+    """The ``[N, K]`` weight of a dense linear; GPT-2's Conv1D keeps it transposed. None for any other module."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
@@ -190,7 +190,7 @@ def _packed_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     for name, module in two_four_linears(model):
         if not isinstance(module, Sparse24Linear):
-            weight = _linear_weight(module)
+            weight = linear_weight(module)
             assert weight is not None
             values, meta = ops.sparse24_compress(weight)
             state[f"{name}.weight"], state[f"{name}.weight_meta"] = values, meta

@@ -95,6 +95,26 @@ class Origin:
             )
         return {name: tensor.to(DTYPES[wanted[name].dtype]) for name, tensor in made.items()}
 
+    def obstacle(self, model: Any, target: str) -> str | None:
+        """Why the stored tensor of a linear cannot be replaced by a packed one under its own name.
+
+        Args:
+            model: the transformers model.
+            target: the parameter.
+
+        Returns:
+            A reason; None if it can, as far as names tell.
+        """
+        if self.transform is not None:
+            return "transformers merges it with others while loading"
+        name, prefix = self.stored[0][0].name, f"{model.base_model_prefix}."
+        if target not in (name, name.removeprefix(prefix), prefix + name):
+            return "transformers renames it while loading"
+        tied = model.all_tied_weights_keys or {}
+        if target in tied or target in tied.values():
+            return "it is shared with another module"
+        return None
+
     def check_return(self, model: Any) -> None:
         """Try the way back without values.
 

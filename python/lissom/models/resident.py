@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..hf.atomic import replacing_directory
-from ..hf.checkpoint import CONFIG_NAME, check_folder, read_config
+from ..hf.checkpoint import CONFIG_NAME, META_SUFFIX, VALUE_DTYPES, check_folder, packed_entry, read_config
 from ..hf.side import CARD_NAME, ancestry, copy_side_files
 from .origin import Origin, find_origins, load_buffers, skeleton, tie
-from .shards import ShardWriter, Stored, stored_tensors
+from .shards import DTYPES, ShardWriter, Stored, stored_tensors
 from .walk import UnsupportedModelError, packing_obstacles, uncompiled
 
 if TYPE_CHECKING:
@@ -197,21 +198,25 @@ class Resident:
         return found.hexdigest()
 
     @contextmanager
-    def saving(self, target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Output]:
+    def saving(
+        self, target: str | os.PathLike[str], *, overwrite: bool = False, packed: bool = False
+    ) -> Iterator[Output]:
         """Writes a changed copy of the folder, block by block, in place of `target` once it is complete.
 
-        Every tensor keeps the name, shape and type that it has in the folder. What was not written in the body is
-        copied, tokenizer, licence and other small files too. When the body raises, `target` is as it was before.
+        Every tensor keeps the name, shape and type that it has in the folder, except linears that are packed. What
+        was not written in the body is copied, tokenizer, licence and other small files too. When the body raises,
+        `target` is as it was before.
 
         Args:
             target: folder to write.
             overwrite: allow replacing a model that is there.
+            packed: store linears that are written and 2:4 as values and metadata.
 
         Yields:
             The output, to write changed blocks to.
 
         Raises:
-            ValueError: the model is in memory (`lissom.save` writes it).
+            ValueError: the model is in memory (`lissom.save` writes it), or nothing could be packed.
             UnsupportedModelError: transformers changes tensors of this model on loading and cannot change them
                 back.
             FileExistsError: `target` holds a model and `overwrite` is False.
@@ -221,7 +226,7 @@ class Resident:
         for origin in dict.fromkeys(self._origins.values()):
             origin.check_return(self.model)
         with replacing_directory(Path(target), overwrite=overwrite) as folder:
-            output = Output(self, folder, Path(target))
+            output = Output(self, folder, Path(target), packed=packed)
             yield output
             output._finish()
 
@@ -296,14 +301,16 @@ class Output:
         report: what was written; None until the folder is complete.
     """
 
-    def __init__(self, resident: Resident, folder: Path, target: Path) -> None:
+    def __init__(self, resident: Resident, folder: Path, target: Path, *, packed: bool = False) -> None:
         self.card: CardFacts | None = None
         self.report: SaveReport | None = None
         self._resident = resident
         self._folder = folder
         self._target = target
+        self._format = "packed" if packed else "dense"
         self._shards = ShardWriter(folder)
-        self._two_four = 0
+        self._two_four: list[str] = []  # modules, as the folder names them when packed
+        self._dense = set(packing_obstacles(resident.model))
 
     def write(self, *parts: str | nn.Module) -> None:
         """Write weights as they are in memory now, to one file.
@@ -316,12 +323,36 @@ class Output:
         """
         from ..hf.save import two_four_linears
 
-        self._shards.add(self._resident.stored(*parts))
-        model = self._resident.model
-        dense = {id(model.get_submodule(name)) for name in packing_obstacles(model)}
+        tensors = self._resident.stored(*parts)
+        modules = dict(self._resident.model.named_modules())
+        names = {id(module): name for name, module in modules.items()}
         for part in parts:
-            if isinstance(part, nn.Module):
-                self._two_four += sum(id(linear) not in dense for _, linear in two_four_linears(part))
+            module = part if isinstance(part, nn.Module) else modules.get(part)
+            for _, linear in two_four_linears(module) if module is not None else ():
+                name = names[id(linear)]
+                if name in self._dense:
+                    continue
+                if self._format == "dense":
+                    self._two_four.append(name)
+                else:
+                    self._pack(name, linear, tensors)
+        self._shards.add(tensors)
+
+    def _pack(self, name: str, linear: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Put values and metadata in the place of a weight, where its tensor is nobody else's."""
+        from ..hf.save import linear_weight
+
+        target = f"{name}.weight"
+        origin = self._resident._origins[target]
+        stored = origin.stored[0][0]
+        if origin.obstacle(self._resident.model, target) or stored.dtype not in VALUE_DTYPES:
+            return
+        module = stored.name.removesuffix(".weight")
+        weight = linear_weight(linear)
+        assert weight is not None
+        values, meta = ops.sparse24_compress(weight.to(DTYPES[stored.dtype]))
+        tensors[stored.name], tensors[f"{module}{META_SUFFIX}"] = values, meta
+        self._two_four.append(module)
 
     def _finish(self) -> None:
         from ..hf.card import CardFacts, render_card
@@ -329,6 +360,11 @@ class Output:
 
         source = self._resident.folder
         assert source is not None
+        if self._format == "packed" and not self._two_four:
+            raise ValueError(
+                "no linear that was written is 2:4 and has a tensor of its own in the folder: nothing can be packed; "
+                "write format 'dense'"
+            )
         done = self._shards.names
         self._shards.copy(each for name, each in self._resident._stored.items() if name not in done)
         self._shards.finish()
@@ -341,21 +377,25 @@ class Output:
         text = render_card(
             facts,
             config["lissom"],
-            format="dense",
-            packed_modules=self._two_four,
+            format=self._format,
+            packed_modules=len(self._two_four),
             existing=existing,
             base=ancestry(source),
         )
         (self._folder / CARD_NAME).write_text(text, encoding="utf-8")
+        if self._format == "packed":
+            check_folder(self._folder)
         size = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
         names = tuple(sorted(entry.name for entry in self._folder.iterdir()))
-        self.report = SaveReport(size, names, "dense", ())
+        self.report = SaveReport(size, names, self._format, tuple(self._two_four))
 
     def _config(self, source: Path) -> dict[str, Any]:
         """The folder's own config.json, with what pruning left in `model.config.lissom`."""
         import lissom
 
         provenance = dict(getattr(self._resident.model.config, "lissom", None) or {})
-        return read_config(source) | {
-            "lissom": {"version": lissom.__version__} | provenance | {"format": "dense"}
-        }
+        entry = {"version": lissom.__version__} | provenance | {"format": self._format}
+        config = read_config(source) | {"lissom": entry}
+        if self._format == "packed":
+            config["quantization_config"] = packed_entry(self._two_four)
+        return config

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -23,7 +24,7 @@ from .mrp import check_variant
 from .parallel import Ranks
 from .pattern import Pattern
 from .report import BlockReport, LayerReport, PruneReport
-from .selection import Selection, read_pattern, select_linears
+from .selection import Selection, read_pattern, select_linears, unpackable
 from .settings import Settings
 from .solver import check_options
 from .state import PruneState
@@ -97,6 +98,7 @@ def prune_folder(
     target: str | PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    format: str = "dense",
     overwrite: bool = False,
     **arguments: Any,
 ) -> PruneReport:
@@ -104,8 +106,9 @@ def prune_folder(
 
     Args:
         source: folder with config.json and dense safetensors weights.
-        target: folder to write, with ordinary zeros-included weights; complete or not there at all.
+        target: folder to write; complete or not there at all.
         dtype: type of the weights in memory; None: as the config says, else as stored.
+        format: "dense", ordinary weights with their zeros, or "packed", 2:4 linears as values and metadata.
         overwrite: allow replacing a model in `target`.
         **arguments: as for `prune_model`. With `spill_dir`, the hidden states of the calibration tokens lie on
             disk as well; of several processes (`ranks`), the first one writes.
@@ -116,14 +119,22 @@ def prune_folder(
     Raises:
         CheckpointError: the source is damaged or incomplete.
         FileExistsError: `target` holds a model and `overwrite` is False.
-        UnsupportedModelError, ValueError: as for `prune_model`.
+        UnsupportedModelError, ValueError: as for `prune_model`; a format that is unknown or does not hold the pattern.
 
     Example:
         >>> prune_folder("llama-70b", "out", data="text.txt", tokenizer=tok)  # doctest: +SKIP
     """
+    if format not in ("packed", "dense"):
+        raise ValueError(f"format must be 'packed' or 'dense', got {format!r}")
+    misfit = unpackable(arguments.get("pattern", Settings.pattern)) if format == "packed" else None
+    if misfit:
+        raise ValueError(
+            f"format 'packed' holds at most two of every four weights, got {misfit}: write 'dense'"
+        )
     resident = Resident.open(source, dtype=dtype)
     writes = arguments.get("ranks", Ranks()).rank == 0
-    with resident.saving(target, overwrite=overwrite) if writes else nullcontext() as output:
+    saving = partial(resident.saving, target, overwrite=overwrite, packed=format == "packed")
+    with saving() if writes else nullcontext() as output:
         return prune_model(resident, output=output, **arguments)
 
 

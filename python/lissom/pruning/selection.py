@@ -112,6 +112,28 @@ def read_pattern(
     return PatternMap(spec) if isinstance(spec, Mapping) else Pattern.parse(spec)
 
 
+def unpackable(spec: str | float | Pattern | Mapping[str, str | float | Pattern | None]) -> str | None:
+    """What of a pattern the packed form, two of every four, cannot hold.
+
+    Args:
+        spec: as for `read_pattern`.
+
+    Returns:
+        The pattern or the entry of the map, quoted; None when all fit or are "dense".
+
+    Example:
+        >>> unpackable("2:4"), unpackable("50%"), unpackable({"mlp": "4:8", "attn": None})
+        (None, "'50%'", "'mlp': '4:8'")
+    """
+    if not isinstance(spec, Mapping):
+        pattern = None if spec == DENSE else Pattern.parse(spec)
+        return repr(str(spec)) if pattern is not None and not pattern.fits_quads else None
+    for key, pattern in PatternMap(spec).items():
+        if pattern is not None and not pattern.fits_quads:
+            return f"{key!r}: {str(pattern)!r}"
+    return None
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of a run: a block with its layers to prune (perhaps none), or the output layer.

@@ -79,6 +79,25 @@ def model_folder(model: str | Path) -> Path:
         ) from error
 
 
+def packed_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the packed linears of a folder, and of the same linears dense.
+
+    Args:
+        folder: in the packed format.
+
+    Returns:
+        `linears_source_bytes` and `linears_output_bytes`.
+    """
+    from lissom.hf.checkpoint import META_SUFFIX, check_format, read_config
+    from lissom.models.shards import stored_tensors
+
+    stored = stored_tensors(folder)
+    modules = check_format(read_config(folder)["quantization_config"])
+    values = sum(stored[f"{name}.weight"].size for name in modules)
+    meta = sum(stored[name + META_SUFFIX].size for name in modules)
+    return {"linears_source_bytes": 2 * values, "linears_output_bytes": values + meta}
+
+
 def weight_file_bytes(folder: str | Path) -> int:
     """Bytes of a folder's safetensors files."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -160,6 +160,7 @@ class Made:
     folder: Path
     dense: dict[str, Tensor]
     linears: list[str]
+    form: str
     config: dict[str, Any] = field(default_factory=dict)
 
     def edit(self, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -196,6 +197,8 @@ class Recipe:
     def encode(self, name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Stored tensors of one linear, and the weight that they stand for."""
         module = name.removesuffix(".weight")
+        if self.form == "dense":
+            return {name: weight}, weight
         if self.form != "marlin-24":
             parts = (bitmask24 if self.form == "sparse-24-bitmask" else bitmask)(weight)
             owner = name if self.old_names else module
@@ -209,8 +212,8 @@ class Recipe:
         return {f"{module}.{part}": tensor for part, tensor in zip(NAMES[self.names], parts)}, dense
 
     def declaration(self) -> dict[str, Any]:
-        if self.entry is not None:
-            return self.entry
+        if self.entry is not None or self.form == "dense":
+            return self.entry or {}
         return {
             "quantization_config": marlin_entry(self.bits, self.group, version="0.12.2")
             if self.form == "marlin-24"
@@ -238,7 +241,7 @@ def make_folder(folder: Path, recipe: Recipe) -> Made:
         parts, dense[name] = recipe.encode(name, weight)
         state |= parts
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    made = Made(folder, dense, linears)
+    made = Made(folder, dense, linears, recipe.form)
     made.edit(lambda values: values.update(recipe.declaration()))
     made.config = json.loads((folder / "config.json").read_text())
     return made
@@ -305,6 +308,9 @@ def _random_parts(form: str, rows: int, columns: int, generator: torch.Generator
     values = torch.randn(rows, columns // 2, generator=generator).half()
     if form == "sparse-24-bitmask":
         return {"shape": torch.tensor([[rows], [columns]]), "compressed": values, "bitmask": mask}
+    if form == "dense":
+        quads = torch.cat((values.view(-1, 2), torch.zeros(rows * columns // 4, 2)), 1)
+        return {"weight": quads.view(rows, columns).half()}
     return {"shape": torch.tensor([rows, columns]), "compressed": values.flatten(), "bitmask": mask}
 
 

@@ -29,6 +29,14 @@ CASES = {
     "sparse-24-bitmask f16, undeclared": {"form": "sparse-24-bitmask", "dtype": torch.float16, "entry": {}},
     "sparse-bitmask": {"form": "sparse-bitmask"},
     "sparse-bitmask, names of tensors": {"form": "sparse-bitmask", "old_names": True},
+    "dense": {"form": "dense"},
+    "dense bf16": {"form": "dense", "dtype": torch.bfloat16},
+    "dense, declared": {
+        "form": "dense", "dtype": torch.float16,
+        "entry": {
+            "quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}
+        },
+    },
     "marlin-24": {"form": "marlin-24", "dtype": torch.float16},
     "marlin-24 in a bf16 model": {"form": "marlin-24", "dtype": torch.bfloat16},
     "marlin-24 int8": {"form": "marlin-24", "dtype": torch.float16, "bits": 8},
@@ -60,7 +68,11 @@ def test_converts_loads_and_generates_the_same(case, write, tmp_path):
     report = convert_folder(made.folder, tmp_path / "new")
     assert raw(made.folder) == before, "the source is never written to"
     assert [layer.name for layer in report.packed] == sorted(made.linears)
-    assert all(layer.packed and layer.reason is None for layer in report.layers)
+    left = {layer.name: layer.reason for layer in report.layers if not layer.packed}
+    if made.form == "dense":
+        assert left.pop("model.embed_tokens.weight") == "its place, Embedding, is no linear"
+        assert left.pop("lm_head.weight").startswith("it is not 2:4 (row 0, columns ")
+    assert not left
 
     stored = load_file(tmp_path / "new" / "model.safetensors")
     for name in made.dense.keys() - set(made.linears):
@@ -222,13 +234,44 @@ def test_everything_in_bitmasks_as_the_first_writers_had_it(write, writers, tmp_
     made.tensors(compress_all)
     report = convert_folder(made.folder, tmp_path / "new")
     reasons = {layer.name: layer.reason for layer in report.layers if not layer.packed}
-    assert "no linear" in reasons["model.embed_tokens.weight"]
-    assert "no linear" in reasons["model.norm.weight"]
+    assert "is no linear" in reasons["model.embed_tokens.weight"]
+    assert "is no linear" in reasons["model.norm.weight"]
     assert reasons["lm_head.weight"].startswith("it is not 2:4 (row 0, columns")
     model = load_model(tmp_path / "new")
     stored = load_file(tmp_path / "new" / "model.safetensors")
     assert all(torch.equal(stored[name], made.dense[name]) for name in reasons)
     assert sum(isinstance(module, Sparse24Linear) for module in model.modules()) == len(made.linears)
+
+
+def test_dense_weights_that_are_not_two_four_stay_bit_for_bit(write, tmp_path):
+    made = write("dense", dtype=torch.bfloat16)
+    down, spare = "model.layers.1.mlp.down_proj.weight", "model.layers.0.extra.weight"
+
+    def spoil(state):
+        state[down][5, 8:11] = 1
+        state[spare] = torch.ones(4, 8)
+
+    made.tensors(spoil)
+    before = load_file(made.folder / "model.safetensors")
+    report = convert_folder(made.folder, tmp_path / "new")
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons[down] == "it is not 2:4 (row 5, columns 8 to 11)"
+    assert reasons[spare] == "LlamaForCausalLM does not use it"
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    for name in (down, spare, "lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(stored[name].view(torch.uint8), before[name].view(torch.uint8)), name
+    assert len(report.packed) == len(made.linears) - 1
+    load_model(tmp_path / "new")
+
+
+def test_a_pruned_folder_keeps_what_it_knows_of_itself(write, tmp_path):
+    made = write("dense")
+    known = {"method": "alps", "pattern": "2:4", "format": "dense", "sparsity": 0.5}
+    made.edit(lambda config: config.update(lissom=known))
+    convert_folder(made.folder, tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert {key: config["lissom"][key] for key in known} == known | {"format": "packed"}
+    assert "| Method | alps |" in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_a_weight_with_two_owners_is_written_out(write, tmp_path):
@@ -356,7 +399,9 @@ def test_links_of_the_hub_cache_are_followed_and_no_others(write, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_holds_one_weight_at_a_time(bulk, tmp_path):
-    folders = {form: str(bulk(form)) for form in ("sparse-24-bitmask", "sparse-bitmask", "marlin-24")}
+    folders = {
+        form: str(bulk(form)) for form in ("sparse-24-bitmask", "sparse-bitmask", "marlin-24", "dense")
+    }
     script = f"""
         import json
         import torch

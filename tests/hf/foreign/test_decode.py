@@ -13,6 +13,7 @@ from lissom import ops
 from lissom.hf.checkpoint import CheckpointError
 from lissom.hf.foreign import canonical
 from lissom.hf.foreign.bitmask import PLAIN, STRUCTURED, BitmaskWeight
+from lissom.hf.foreign.dense import DenseWeight
 from lissom.hf.foreign.marlin24 import Marlin24Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,34 @@ def test_bitmask_is_undone_bit_for_bit(writers, held, rows, quads, dtype, form, 
         assert found.format == form
         assert same_bits(torch.cat(list(found.dense())), weight)
         assert all(same_bits(*pair) for pair in zip(found.packed(), ops.sparse24_compress(weight)))
+
+
+@QUICK
+@given(
+    rows=st.integers(1, 40),
+    quads=st.integers(1, 20),
+    dtype=st.sampled_from(FLOATS),
+    block=st.integers(1, 2000),
+    seed=st.integers(0, 2**32),
+)
+def test_dense_weights_are_packed_or_told_apart_block_by_block(held, rows, quads, dtype, block, seed):
+    weight = random_two_four(rows, 4 * quads, dtype, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canonical, "BLOCK_ELEMENTS", block)
+        found = DenseWeight(held("a.weight", weight))
+        assert found.obstacle() is None
+        assert same_bits(torch.cat(list(found.dense())), weight)
+        assert all(same_bits(*pair) for pair in zip(found.packed(), ops.sparse24_compress(weight)))
+        row, quad = seed % rows, seed % quads
+        weight[row, 4 * quad : 4 * quad + 3] = torch.nan  # a third value, though no number
+        told = f"it is not 2:4 (row {row}, columns {4 * quad} to {4 * quad + 3})"
+        assert DenseWeight(held("a.weight", weight)).obstacle() == told
+
+
+@pytest.mark.parametrize("columns", [1, 6, 4095])
+def test_dense_weights_have_quads(held, columns):
+    found = DenseWeight(held("a.weight", torch.zeros(2, columns)))
+    assert found.obstacle() == f"its {columns} input features are not a multiple of 4"
 
 
 @QUICK

@@ -44,15 +44,15 @@ def everything_masked(tmp_path, writers):
     [
         ("mixtral", "transformers merges it with others while loading"),
         ("qwen3_moe", "transformers merges it with others while loading"),
-        ("gpt2", "its place is a Conv1D, no linear"),
-        ("qwen2", "its place is a Embedding, no linear"),
-        ("opt", "its place is a OPTLearnedPositionalEmbedding, no linear"),
+        ("gpt2", "its place, Conv1D, is no linear"),
+        ("qwen2", "its place, Embedding, is no linear"),
+        ("opt", "its place, OPTLearnedPositionalEmbedding, is no linear"),
     ],
 )
 def test_what_is_no_linear_of_its_own_is_written_out(family, reason, everything_masked, tmp_path):
     dense, folder = everything_masked(family)
     if family == "gpt2":
-        with pytest.raises(ValueError, match=r"no linear of .* could be packed; .* Conv1D, no linear"):
+        with pytest.raises(ValueError, match=r"no linear of .* could be packed; .* Conv1D, is no linear"):
             convert_folder(folder, tmp_path / "new")
         return
     report = convert_folder(folder, tmp_path / "new")

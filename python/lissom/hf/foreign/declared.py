@@ -14,7 +14,7 @@ from lissom.hf.foreign.marlin24 import BITS, FORMAT
 
 # compressed-tensors up to 0.6 wrote "compression_config"; before it was a library, "sparsity_config" alone.
 ENTRIES = ("quantization_config", "compression_config", "sparsity_config", "sparseml_quantization_config")
-READS = f"lissom convert reads {STRUCTURED}, {PLAIN} and {FORMAT}"
+READS = f"lissom convert reads {STRUCTURED}, {PLAIN}, {FORMAT} and dense weights that are 2:4"
 ADVICE = "convert or prune the model that this one was made of"
 _GPTQ = ("gptq", "marlin", "gptq_marlin", "gptq_marlin_24")
 _CALLED = {

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from lissom.hf.checkpoint import CheckpointError
+from lissom.hf.checkpoint import VALUE_DTYPES, CheckpointError
 from lissom.hf.foreign.bitmask import BitmaskWeight
 from lissom.hf.foreign.canonical import Foreign, Source, told
 from lissom.hf.foreign.declared import ADVICE, READS, Declared
+from lissom.hf.foreign.dense import DenseWeight
 from lissom.hf.foreign.marlin24 import FORMAT, Marlin24Weight
 
 # Words, metadata and scales: as compressed-tensors, vLLM's GPTQ loader and Sparse-Marlin itself name them.
@@ -56,7 +57,7 @@ class Found:
     """What a checkpoint consists of.
 
     Attributes:
-        weights: foreign weights by the name of the dense tensor.
+        weights: foreign weights by the name of the dense tensor; of a checkpoint that has none, all matrices.
         others: names of the tensors that stay as they are.
         dropped: names of tensors that mean nothing outside the kernel.
     """
@@ -109,7 +110,14 @@ def find_weights(
     modules = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
     for name in others:
         _refuse_quantised(tensors[name], modules)
+    if not weights:
+        weights |= {name: DenseWeight(tensors[name]) for name in others if _is_matrix(tensors[name])}
+        others = [name for name in others if name not in weights]
     return Found(weights, others, dropped)
+
+
+def _is_matrix(tensor: Source) -> bool:
+    return len(tensor.shape) == 2 and min(tensor.shape) > 0 and tensor.dtype in VALUE_DTYPES
 
 
 def _bitmask(name: str, tensors: Mapping[str, Source], names: Collection[str]) -> BitmaskWeight | None:
@@ -168,11 +176,10 @@ def _scratch(tensors: Mapping[str, Source], weights: Mapping[str, Foreign]) -> l
 
 
 def _check_declared(weights: Mapping[str, Foreign], declared: Declared) -> None:
-    if not weights:
-        what = f"declares {declared.format} but" if declared.format else "declares no such format and"
+    if not weights and declared.format:
         raise CheckpointError(
-            f"nothing to convert: config.json {what} no tensor has one. {READS}; lissom prune makes a dense model "
-            "2:4, lissom.save packs one that is 2:4 already"
+            f"nothing to convert: config.json declares {declared.format} but no tensor is stored so; where its "
+            "weights are dense, take that entry out"
         )
     for weight in weights.values():
         form = weight.format.partition(" ")[0]

@@ -21,6 +21,7 @@ from torch import nn
 from lissom.hf.checkpoint import CONFIG_NAME, INDEX_NAME, CheckpointError, read_config
 from lissom.hf.foreign.canonical import BLOCK_ELEMENTS, Foreign, told
 from lissom.hf.foreign.declared import ADVICE, READS, Declared, declared_format, without_declaration
+from lissom.hf.foreign.dense import DenseWeight
 from lissom.hf.foreign.find import Found, find_weights
 from lissom.hf.foreign.marlin24 import Marlin24Weight
 from lissom.hf.side import CARD_NAME, check_links, side_files
@@ -223,10 +224,9 @@ def _decide(
         for name, weight in found.weights.items()
     }
     if not any(layer.packed for layer in layers.values()):
-        first = next(iter(layers.values()))
         raise CheckpointError(
-            f"no linear of {folder} could be packed; {first.name} stays dense because {first.reason}. lissom packs "
-            "weights of which every aligned four keep at most two: prune the dense model first (lissom prune)"
+            f"nothing to convert: no linear of {folder} could be packed{_told_obstacle(layers)}. lissom packs weights "
+            "of which every aligned four keep at most two; lissom prune makes a dense model 2:4"
         )
     notes = [f"{len(found.dropped)} tensors named workspace were left out"] if found.dropped else []
     order = sorted(
@@ -236,6 +236,12 @@ def _decide(
         ),
     )
     return Plan(folder, config, list(layers.values()), others, order, notes=notes)
+
+
+def _told_obstacle(layers: Mapping[str, Layer]) -> str:
+    """The reason of one layer: of one that would be packed if it were 2:4, where there is one."""
+    told_ones = sorted(layers.values(), key=lambda layer: "not 2:4" not in (layer.reason or ""))
+    return f"; {told_ones[0].name} stays dense because {told_ones[0].reason}" if told_ones else ""
 
 
 def _parts(
@@ -273,25 +279,20 @@ def _reason(weight: Foreign, place: tuple[str, Origin] | None, model: Any) -> st
     """Why a weight is written out instead of packed."""
     if place is None:
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-        if any(re.search(pattern, weight.name) for pattern in ignored):
+        if isinstance(weight, DenseWeight) or any(re.search(pattern, weight.name) for pattern in ignored):
             return f"{type(model).__name__} does not use it"
         raise CheckpointError(
             f"{told(weight.sources[0])} belongs to {weight.name}, which {type(model).__name__} does not have: "
             "config.json describes another model"
         )
     target, origin = place
-    if origin.transform is not None:
-        return "transformers merges it with others while loading"
-    prefix = f"{model.base_model_prefix}."
-    if target not in (weight.name, weight.name.removeprefix(prefix), prefix + weight.name):
-        return "transformers renames it while loading"
+    taken = origin.obstacle(model, target)
+    if taken:
+        return taken
     owner, _, attribute = target.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or attribute != "weight":
-        return f"its place is a {type(module).__name__}, no linear"
-    tied = model.all_tied_weights_keys or {}
-    if target in tied or target in tied.values():
-        return "it is shared with another module"
+        return f"its place, {type(module).__name__}, is no linear"
     return packing_obstacles(model).get(owner) or weight.obstacle()
 
 
