@@ -132,6 +132,7 @@ def _prune(session: Session, **arguments: Any) -> PruneReport:
         output.dir,
         dtype=None if name == "auto" else getattr(torch, name),
         format=output.format,
+        max_shard_size=output.max_shard_size,
         overwrite=session.overwrite,
         spill_dir=session.state if arguments["data"] is not None else None,
         **arguments,

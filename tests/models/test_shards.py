@@ -49,7 +49,7 @@ def test_what_is_written_safetensors_reads_and_the_other_way_round(forms, tmp_pa
     }
     ours = tmp_path / "ours"
     ours.mkdir(exist_ok=True)
-    writer = ShardWriter(ours)
+    writer = ShardWriter(ours, tensors)
     writer.add(tensors)
     writer.finish()
     read = load_file(ours / "model.safetensors")
@@ -62,14 +62,13 @@ def test_what_is_written_safetensors_reads_and_the_other_way_round(forms, tmp_pa
     assert all(stored[name].meta().shape == tensors[name].shape for name in tensors)
 
 
-def test_several_files_get_an_index(tmp_path, monkeypatch):
+def test_several_files_get_an_index(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
     tensors = {name: torch.full((4, 5), number) for number, name in enumerate("abcdef")}  # 160 bytes each
     save_file(tensors, source / "model.safetensors")
-    monkeypatch.setattr(shards, "_SHARD", 330)
-    writer = ShardWriter(target)
+    writer = ShardWriter(target, "abcdefgh", shard_bytes=330)
     writer.add({"g": torch.eye(3)[:, 1:], "h": torch.ones(2).t()})  # not contiguous
     writer.copy(stored_tensors(source).values())
     assert writer.names == set("abcdefgh")
@@ -78,17 +77,33 @@ def test_several_files_get_an_index(tmp_path, monkeypatch):
     assert sorted(file.name for file in target.iterdir()) == [*names, "model.safetensors.index.json"]
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 6 * 160 + 24 + 8
-    assert index["weight_map"] == dict(zip("abcdefgh", [names[i] for i in (1, 1, 2, 2, 3, 3, 0, 0)]))
+    assert index["weight_map"] == dict(zip("abcdefgh", [names[i] for i in (0, 1, 1, 2, 2, 3, 0, 0)]))
     found = stored_tensors(target)
     assert all(torch.equal(found[name].read(), tensors[name]) for name in tensors)
     assert torch.equal(found["g"].read(), torch.eye(3)[:, 1:])
 
 
 def test_a_name_is_written_once(tmp_path):
-    writer = ShardWriter(tmp_path)
+    writer = ShardWriter(tmp_path, "a")
     writer.add({"a": torch.ones(1)})
     with pytest.raises(ValueError, match="a was written before"):
         writer.add({"a": torch.ones(1)})
+
+
+@pytest.mark.parametrize("expected", [0, 3, 40])
+def test_headers_that_outgrow_their_room_begin_another_file(tmp_path, expected):
+    names = [f"layer.{'x' * 70}.{number}" for number in range(40)]
+    writer = ShardWriter(tmp_path, names[:expected])
+    for number, name in enumerate(names):
+        writer.add({name: torch.full((1, 1, 1, 1, 1, 1, 1, number), number, dtype=torch.float64)})
+    writer.finish()
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (expected == 40)
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {name: tensor.shape[-1] for name, tensor in found.items()} == {
+        name: i for i, name in enumerate(names)
+    }
+    assert stored_tensors(tmp_path).keys() == set(names)
 
 
 def test_a_file_that_shrank_is_noticed(tmp_path):

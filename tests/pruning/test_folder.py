@@ -63,6 +63,20 @@ def test_packed_folder_is_the_saved_model(tmp_path, family):
     assert load_model(tmp_path / "converted").state_dict().keys() == expected.keys()
 
 
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_files_have_the_size_that_is_asked_for(tmp_path, form):
+    build_tiny("llama").save_pretrained(tmp_path / "in")
+    for name, size in (("one", "5GB"), ("many", "20KB")):
+        prune_folder(tmp_path / "in", tmp_path / name, format=form, max_shard_size=size, method="magnitude")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    files = list((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 30_000 for file in files)
+    one, many = (load_model(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
+
+
 def test_an_output_layer_is_packed_too(tmp_path):
     build_tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "in")
     arguments = {"method": "magnitude", "pattern": {"lm_head": "2:4"}, "include": ["lm_head"]}

@@ -126,7 +126,7 @@ def convert_folder(
     _check_room(goal, plan.output_bytes)
     tell({"event": "stage", "text": f"writing {goal}"})
     with replacing_directory(goal, overwrite=overwrite) as fresh:
-        shards = ShardWriter(fresh)
+        shards = ShardWriter(fresh, plan.names())
         shards.copy(_outputs(plan, _Progress(plan, tell)))
         shards.finish()
         _write_side_files(plan, fresh, goal)

@@ -20,7 +20,7 @@ from ..hf.atomic import replacing_directory
 from ..hf.checkpoint import CONFIG_NAME, META_SUFFIX, VALUE_DTYPES, check_folder, packed_entry, read_config
 from ..hf.side import CARD_NAME, ancestry, copy_side_files
 from .origin import Origin, find_origins, load_buffers, skeleton, tie
-from .shards import DTYPES, ShardWriter, Stored, stored_tensors
+from .shards import DTYPES, SHARD_BYTES, ShardWriter, Stored, stored_tensors
 from .walk import UnsupportedModelError, packing_obstacles, uncompiled
 
 if TYPE_CHECKING:
@@ -199,7 +199,12 @@ class Resident:
 
     @contextmanager
     def saving(
-        self, target: str | os.PathLike[str], *, overwrite: bool = False, packed: bool = False
+        self,
+        target: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        packed: bool = False,
+        shard_bytes: int = SHARD_BYTES,
     ) -> Iterator[Output]:
         """Writes a changed copy of the folder, block by block, in place of `target` once it is complete.
 
@@ -211,6 +216,7 @@ class Resident:
             target: folder to write.
             overwrite: allow replacing a model that is there.
             packed: store linears that are written and 2:4 as values and metadata.
+            shard_bytes: weights above this size are split into several files.
 
         Yields:
             The output, to write changed blocks to.
@@ -226,7 +232,7 @@ class Resident:
         for origin in dict.fromkeys(self._origins.values()):
             origin.check_return(self.model)
         with replacing_directory(Path(target), overwrite=overwrite) as folder:
-            output = Output(self, folder, Path(target), packed=packed)
+            output = Output(self, folder, Path(target), packed=packed, shard_bytes=shard_bytes)
             yield output
             output._finish()
 
@@ -301,19 +307,23 @@ class Output:
         report: what was written; None until the folder is complete.
     """
 
-    def __init__(self, resident: Resident, folder: Path, target: Path, *, packed: bool = False) -> None:
+    def __init__(
+        self, resident: Resident, folder: Path, target: Path, *, packed: bool, shard_bytes: int
+    ) -> None:
         self.card: CardFacts | None = None
         self.report: SaveReport | None = None
         self._resident = resident
         self._folder = folder
         self._target = target
         self._format = "packed" if packed else "dense"
-        self._shards = ShardWriter(folder)
+        names = resident._stored.keys()
+        metas = [f"{name.removesuffix('.weight')}{META_SUFFIX}" for name in names] if packed else []
+        self._shards = ShardWriter(folder, [*names, *metas], shard_bytes=shard_bytes)
         self._two_four: list[str] = []  # modules, as the folder names them when packed
         self._dense = set(packing_obstacles(resident.model))
 
     def write(self, *parts: str | nn.Module) -> None:
-        """Write weights as they are in memory now, to one file.
+        """Write weights as they are in memory now.
 
         Args:
             *parts: modules or names, as for `Resident.load`; each weight once in a run.

@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
 from ..hf.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointError, find_weight_files, read_tensors
 
+SHARD_BYTES = 5_000_000_000  # tensors in a file, as transformers splits
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,7 +29,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
-_SHARD = 5_000_000_000  # bytes of copied tensors to a file, as transformers splits
+_HEAD = 40  # bytes of a header that do not depend on the tensors
+_ENTRY = 100  # bytes of its entry for a tensor beside the name, for a matrix and offsets of ten digits
 
 
 @dataclass(frozen=True)
@@ -136,34 +138,54 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     }
 
 
+@dataclass
+class _Part:
+    """A file in the making: room for a header, then the tensors."""
+
+    file: Path
+    room: int
+    header: dict[str, object] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+    header_bytes: int = _HEAD
+    bytes: int = 0
+
+
 class ShardWriter:
-    """Writes a checkpoint into a folder, one file for each call, and names the files at the end.
+    """Writes a checkpoint into a folder, tensor by tensor, and names the files at the end.
+
+    A file begins with its header, which is known when the file is full: room for it is left free, and what it does not
+    need stays blank, as the format allows.
 
     Args:
         folder: an existing folder.
+        names: of the tensors that may come, which say how much room a header gets; where it does not do, another
+            file begins.
+        shard_bytes: tensors in a file, about; a larger one gets a file of its own.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     shards = ShardWriter(Path(folder))
+        ...     shards = ShardWriter(Path(folder), ["a"])
         ...     shards.add({"a": torch.ones(2, 3)})
         ...     shards.finish()
         ...     sorted(stored_tensors(Path(folder)))
         ['a']
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], *, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder = folder
-        self._parts: list[list[str]] = []  # names of the tensors, by file
+        self._shard = shard_bytes
+        self._room = _HEAD + sum(len(json.dumps(name)) + _ENTRY for name in names)
         self._bytes = 0
+        self._parts: list[_Part] = []
+        self._names: set[str] = set()
 
     @property
     def names(self) -> set[str]:
         """The tensors written so far."""
-        return {name for part in self._parts for name in part}
+        return set(self._names)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors to a file of their own.
+        """Write tensors that are in memory.
 
         Args:
             tensors: by name; on the CPU, of a type that safetensors knows.
@@ -171,16 +193,12 @@ class ShardWriter:
         Raises:
             ValueError: a tensor of this name was written before.
         """
-        entries = [
-            (name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
-            for name, tensor in tensors.items()
-        ]
-        with self._part(entries) as stream:
-            for tensor in tensors.values():
-                stream.write(_buffer(tensor.detach().contiguous()))
+        for name, tensor in tensors.items():
+            held = _buffer(tensor.detach().contiguous())
+            self._append(name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, (held,))
 
     def copy(self, tensors: Iterable[Copied]) -> None:
-        """Write tensors that come byte by byte, about 5 GB to a file.
+        """Write tensors that come byte by byte.
 
         Args:
             tensors: where they lie, or what makes them; asked for their bytes in this order.
@@ -188,54 +206,59 @@ class ShardWriter:
         Raises:
             ValueError: a tensor of this name was written before.
         """
-        shard: list[Copied] = []
-        size = 0
-        for tensor in tensors:
-            if shard and size + tensor.size > _SHARD:
-                self._copy(shard)
-                shard, size = [], 0
-            shard.append(tensor)
-            size += tensor.size
-        if shard:
-            self._copy(shard)
+        for each in tensors:
+            self._append(each.name, each.dtype, each.shape, each.size, each.chunks())
 
     def finish(self) -> None:
-        """Give the files their final names and write the index where there are several."""
+        """Write the headers, give the files their final names, and an index where there are several."""
         count = len(self._parts)
         names = [WEIGHTS_NAME]
         if count != 1:
             names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-            weight_map = {name: file for file, part in zip(names, self._parts) for name in part}
+            weight_map = {
+                name: file
+                for file, part in zip(names, self._parts)
+                for name in part.header
+                if name in self._names
+            }
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for number, name in enumerate(names, 1):
-            os.replace(self._folder / _part_name(number), self._folder / name)
+        for name, part in zip(names, self._parts):
+            with open(part.file, "r+b") as stream:
+                stream.write(part.room.to_bytes(8, "little") + _json(part.header).ljust(part.room))
+            os.replace(part.file, self._folder / name)
 
-    def _copy(self, tensors: list[Copied]) -> None:
-        with self._part([(each.name, each.dtype, each.shape, each.size) for each in tensors]) as stream:
-            for tensor in tensors:
-                stream.writelines(tensor.chunks())
+    def _append(
+        self, name: str, dtype: str, shape: tuple[int, ...], size: int, chunks: Iterable[bytes | memoryview]
+    ) -> None:
+        if name in self._names:
+            raise ValueError(f"{name} was written before: a checkpoint holds each tensor once")
+        entry_bytes = len(_json({name: _entry(dtype, shape, self._bytes, size)}))
+        part = self._parts[-1] if self._parts else None
+        if part is None or part.bytes + size > self._shard or part.header_bytes + entry_bytes > part.room:
+            part = self._begin(max(self._room, _HEAD + entry_bytes))
+        part.header[name] = _entry(dtype, shape, part.bytes, size)
+        part.header_bytes += entry_bytes
+        part.bytes += size
+        self._bytes += size
+        self._names.add(name)
+        with open(part.file, "ab") as stream:
+            stream.writelines(chunks)
 
-    def _part(self, entries: list[tuple[str, str, tuple[int, ...], int]]) -> BinaryIO:
-        """Open the next file, its header written: 8 bytes of length, JSON padded to a multiple of 8."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        begin, before = 0, self.names
-        for name, dtype, shape, size in entries:
-            if name in before:
-                raise ValueError(f"{name} was written before: a checkpoint holds each tensor once")
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
-            begin += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._parts.append([name for name, *_ in entries])
-        self._bytes += begin
-        stream = open(self._folder / _part_name(len(self._parts)), "wb")  # noqa: SIM115 (the caller closes it)
-        stream.write(len(text).to_bytes(8, "little") + text)
-        return stream
+    def _begin(self, room: int) -> _Part:
+        part = _Part(self._folder / f"part-{len(self._parts):05d}.safetensors", (room + 7) // 8 * 8)
+        with open(part.file, "xb") as stream:
+            stream.truncate(8 + part.room)
+        self._parts.append(part)
+        return part
 
 
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.safetensors"
+def _entry(dtype: str, shape: tuple[int, ...], begin: int, size: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+
+
+def _json(header: Mapping[str, object]) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
 
 
 def _starts(file: Path) -> dict[str, tuple[int, int]]:

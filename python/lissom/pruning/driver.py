@@ -99,6 +99,7 @@ def prune_folder(
     *,
     dtype: torch.dtype | None = None,
     format: str = "dense",
+    max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     **arguments: Any,
 ) -> PruneReport:
@@ -109,6 +110,7 @@ def prune_folder(
         target: folder to write; complete or not there at all.
         dtype: type of the weights in memory; None: as the config says, else as stored.
         format: "dense", ordinary weights with their zeros, or "packed", 2:4 linears as values and metadata.
+        max_shard_size: weights above this size are split into several files.
         overwrite: allow replacing a model in `target`.
         **arguments: as for `prune_model`. With `spill_dir`, the hidden states of the calibration tokens lie on
             disk as well; of several processes (`ranks`), the first one writes.
@@ -124,6 +126,8 @@ def prune_folder(
     Example:
         >>> prune_folder("llama-70b", "out", data="text.txt", tokenizer=tok)  # doctest: +SKIP
     """
+    from transformers.utils.hub import convert_file_size_to_int
+
     if format not in ("packed", "dense"):
         raise ValueError(f"format must be 'packed' or 'dense', got {format!r}")
     misfit = unpackable(arguments.get("pattern", Settings.pattern)) if format == "packed" else None
@@ -131,9 +135,12 @@ def prune_folder(
         raise ValueError(
             f"format 'packed' holds at most two of every four weights, got {misfit}: write 'dense'"
         )
+    shard = convert_file_size_to_int(max_shard_size)
     resident = Resident.open(source, dtype=dtype)
     writes = arguments.get("ranks", Ranks()).rank == 0
-    saving = partial(resident.saving, target, overwrite=overwrite, packed=format == "packed")
+    saving = partial(
+        resident.saving, target, overwrite=overwrite, packed=format == "packed", shard_bytes=shard
+    )
     with saving() if writes else nullcontext() as output:
         return prune_model(resident, output=output, **arguments)
 

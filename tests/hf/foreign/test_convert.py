@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_parts_of_a_weight_may_lie_in_several_files(write, tmp_path, monkeypatch
     for file in set(index.values()):
         save_file({name: state[name] for name in state if index[name] == file}, made.folder / file)
     (made.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    monkeypatch.setattr(shards, "_SHARD", 100_000)
+    monkeypatch.setattr(conversion, "ShardWriter", partial(shards.ShardWriter, shard_bytes=100_000))
     report = convert_folder(made.folder, tmp_path / "new")
     assert len([name for name in report.files if name.endswith(".safetensors")]) > 2
     model = load_model(tmp_path / "new")

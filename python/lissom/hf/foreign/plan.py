@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lissom.hf.checkpoint import CONFIG_NAME, INDEX_NAME, CheckpointError, read_config
+from lissom.hf.checkpoint import CONFIG_NAME, INDEX_NAME, META_SUFFIX, CheckpointError, read_config
 from lissom.hf.foreign.canonical import BLOCK_ELEMENTS, Foreign, told
 from lissom.hf.foreign.declared import ADVICE, READS, Declared, declared_format, without_declaration
 from lissom.hf.foreign.dense import DenseWeight
@@ -106,6 +106,13 @@ class Plan:
     def output_bytes(self) -> int:
         """Bytes of all tensors afterwards."""
         return sum(layer.output_bytes for layer in self.layers) + sum(each.size for each in self.others)
+
+    def names(self) -> list[str]:
+        """The tensors that are written."""
+        packed = [
+            f"{layer.name.removesuffix('.weight')}{META_SUFFIX}" for layer in self.layers if layer.packed
+        ]
+        return [each.name for each in self.others] + [layer.name for layer in self.layers] + packed
 
     @property
     def peak_bytes(self) -> int:
