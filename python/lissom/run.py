@@ -138,7 +138,8 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         recipe: what would be done.
 
     Returns:
-        `recipe` (resolved), `steps` (a plan each), `peak_bytes`, `estimated_seconds`, `writes` (paths).
+        `recipe` (resolved), `steps` (a plan each), `peak_bytes`, `memory_bytes` (of this machine),
+        `estimated_seconds`, `writes` (paths).
     """
     plans: list[dict[str, Any]] = []
     peak, seconds = 0, 0.0
@@ -163,6 +164,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "steps": plans,
         "peak_bytes": peak,
+        "memory_bytes": facts.memory_bytes(),
         "estimated_seconds": seconds,
         "writes": writes,
     }

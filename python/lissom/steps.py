@@ -43,6 +43,12 @@ class Session:
             import lissom.hf
 
             source = self.source
+            needed, here = facts.weight_file_bytes(source), facts.memory_bytes()
+            if needed > here:
+                raise recipes.RecipeError(
+                    f"the weights of {source} take {needed / 1e9:.1f} GB, this machine has {here / 1e9:.1f} GB of "
+                    "memory: 'lissom prune --stream' keeps one block of a model in memory"
+                )
             self.emit({"event": "stage", "text": f"loading {source}"})
             dtype = None if self.recipe.dtype == "auto" else self.recipe.dtype
             self._model = lissom.hf.load_model(source, dtype=dtype)

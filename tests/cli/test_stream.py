@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lissom.hf import check_folder
 from lissom.nn import Sparse24Linear
 from lissom.recipe import RecipeError, build_recipe
+from lissom.reporting import facts
 from lissom.run import plan_recipe, run_recipe
 
 
@@ -165,3 +166,14 @@ def test_a_streamed_plan_knows_its_recipe(tiny_model, tmp_path):
         "output": {"dir": str(tmp_path / "out"), "format": "dense", "stream": True},
     }
     assert plan_recipe(build_recipe(values))["recipe"]["output"]["stream"] is True
+
+
+def test_a_model_larger_than_memory_is_not_loaded(streamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "memory_bytes", lambda: 1_000_000)
+    plan = streamed(tmp_path / "out", "--dry-run")
+    assert "more than the 1.00 MB of memory here: --stream keeps one block" in " ".join(plan.out.split())
+    answer = streamed(tmp_path / "out")
+    assert answer.code == 2
+    assert "this machine has 0.0 GB of memory: 'lissom prune --stream'" in " ".join(answer.err.split())
+    assert list(tmp_path.iterdir()) == []
+    assert streamed(tmp_path / "out", "--stream", "--method", "wanda").code == 0

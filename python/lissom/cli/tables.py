@@ -128,6 +128,12 @@ def plan_view(console: Console, value: dict[str, Any]) -> None:
     console.print(
         f"in all about {duration_text(value['estimated_seconds'])} (timing of speed and kernels not counted)"
     )
+    if value["peak_bytes"] > value["memory_bytes"]:
+        console.print(
+            f"that is more than the {byte_text(value['memory_bytes'])} of memory here: --stream keeps one block of "
+            "the model in it, fewer --samples need less",
+            style="yellow",
+        )
     for path in value["writes"]:
         console.print(f"would write {path}", style="dim", markup=False)
 

@@ -51,11 +51,16 @@ def environment() -> dict[str, Any]:
         "kernels": {family: table for family, table in cpu.items() if isinstance(table, dict)},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "cuda": lissom.cuda_info(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "settings": {name: os.environ.get(name) for name in SETTINGS},
     }
+
+
+def memory_bytes() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def model_folder(model: str | Path) -> Path:
